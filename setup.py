@@ -1,0 +1,32 @@
+"""Packaging: names and versions live in settings.ini, the known-good set in constraints.txt."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(here / "settings.ini", encoding="utf-8")
+settings = settings["DEFAULT"]
+extras = {name: settings[f"{name}_requirements"].split() for name in ("torch", "lab", "dev")}
+extras["all"] = sorted({package for packages in extras.values() for package in packages})
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author=settings["author"],
+    packages=[*find_packages(include=["calib_nb", "calib_nb.*"]), "calib_nb.reports"],
+    # The report notebooks are part of the product: an installed package carries them as data.
+    package_dir={"calib_nb.reports": "nbs/reports"},
+    package_data={"calib_nb": ["**/*.yaml"], "calib_nb.reports": ["*.ipynb"]},
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require=extras,
+    entry_points={"console_scripts": ["calib-nb = calib_nb.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,162 @@
+"""The structure that keeps the house livable: floors, budgets, notebooks and modules in step."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+TASKS = ("depth", "tags", "faces")
+SOURCES = sorted(p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
+RUNNABLE = sorted(p for folder in ("reports", "explore", "benchmarks") for p in (NBS / folder).glob("*.ipynb"))
+EVERY = [*SOURCES, *RUNNABLE, NBS / "index.ipynb"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(NBS).as_posix()
+
+
+def cells(path: Path) -> list[dict]:
+    loaded = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in loaded]
+
+
+def exported(path: Path) -> list[str]:
+    return [c["source"] for c in cells(path) if c["cell_type"] == "code" and c["source"].startswith("#| export")]
+
+
+def module_of(path: Path) -> str:
+    found = [m[1] for c in cells(path) if (m := re.search(r"^#\| default_exp ([\w.]+)$", c["source"], re.M))]
+    assert len(found) == 1, f"{name(path)} has {len(found)} default_exp lines"
+    return found[0]
+
+
+def imports(source: str) -> set[str]:
+    tree = ast.parse(source)
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+FLOOR = {module_of(path): (int(path.name[:2]), path.parent.name) for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_go_downward_only(path):
+    module = module_of(path)
+    number, package = FLOOR[module]
+    used = {found for source in exported(path) for found in imports(source)}
+    for other, (floor, where) in FLOOR.items():
+        if other != module and f"calib_nb.{other}" in used:
+            assert floor < number, f"{module} (floor {number}) imports {other} (floor {floor})"
+            assert not (package in TASKS and where in TASKS and package != where), f"task {module} imports task {other}"
+    assert not {u.split(".")[0] for u in used} & {"nbdev", "fastcore", "execnb"}, f"{module} imports what only makes the package"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_heavy_libraries_are_imported_where_they_are_used(path):
+    module = ROOT / "calib_nb" / (module_of(path).replace(".", "/") + ".py")
+    top = [node for node in ast.parse(module.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names} | {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
+    heavy = {"torch", "onnx", "onnxruntime", "matplotlib", "seaborn", "scipy", "PIL", "imagehash", "joblib", "papermill", "nbconvert", "mediapipe", "executorch", "ipywidgets"}
+    assert not named & heavy
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_notebooks_keep_their_budget(path):
+    assert len(cells(path)) <= 60
+    assert sum(len(source.splitlines()) for source in exported(path)) <= 300
+    assert path.stat().st_size <= 100_000
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_every_exported_name_is_told_used_and_asserted(path):
+    public, prose, code = [], [], []
+    for cell in cells(path):
+        if cell["source"].startswith("#| export"):
+            tree = ast.parse(cell["source"])
+            found = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+            public += [n.name for n in found]
+            assert all(ast.get_docstring(n) for n in found), f"no docstring: {[n.name for n in found if not ast.get_docstring(n)]}"
+        elif cell["cell_type"] == "markdown":
+            prose.append(cell["source"])
+        else:
+            code.append(cell["source"])
+    unused = [n for n in public if not re.search(rf"\b{n}\b", "\n".join(code))]
+    assert not unused, f"exported but never used in the notebook: {unused}"
+    assert "assert" in "\n".join(code) and len("\n".join(prose).split(".")) >= len(public)
+    first = next(c["source"] for c in cells(path) if c["cell_type"] == "markdown")
+    assert re.match(r"# .+\n\n> .+", first), "the first text cell is a title and a one-line summary as a quote"
+
+
+def test_one_notebook_per_module_and_one_module_per_notebook():
+    modules = [module_of(path) for path in SOURCES]
+    assert len(modules) == len(set(modules))
+    written = {p.relative_to(ROOT / "calib_nb").with_suffix("").as_posix().replace("/", ".") for p in (ROOT / "calib_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")}
+    assert written == set(modules)
+    assert not [w for w in written if w.split(".")[-1] in ("utils", "helpers", "misc")]
+
+
+@pytest.mark.parametrize("path", sorted((NBS / "reports").glob("*.ipynb")), ids=name)
+def test_a_report_has_one_cell_of_literal_parameters(path):
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    body = ast.parse(tagged[0]["source"]).body
+    assert all(isinstance(node, ast.Assign) and len(node.targets) == 1 for node in body)
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in body}
+    assert {"name", "run_dir"} <= set(values) and values["run_dir"] == ""
+    assert all("#" in line for line in tagged[0]["source"].splitlines() if line.strip()), "each parameter says beside it what it is"
+    assert not exported(path)
+
+
+def test_readme_is_in_step():
+    done = subprocess.run([sys.executable, ".ci/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "README.md", *ROOT.glob("outputs/*.md"), *EVERY)), ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(c["source"] for c in cells(path) if c["cell_type"] == "markdown")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not re.match(r"https?:|attachment:|mailto:", target):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    """Run on a copy, so that a stale export is found rather than mended."""
+    copy = tmp_path / "house"
+    copy.mkdir()
+    for part in ("nbs", "calib_nb"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", copy)
+    before = {p.relative_to(copy): p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True, capture_output=True)
+    after = {p.relative_to(copy): p.read_bytes() for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert sorted(str(p) for p in after if before.get(p) != after[p]) == []
+    assert set(before) <= set(after)
+
+
+def test_the_parameters_tag_survives_cleaning():
+    settings = (ROOT / "settings.ini").read_text()
+    assert "allowed_cell_metadata_keys = tags papermill" in settings and "clear_all = False" in settings and "update_pyproject = False" in settings
+
+
+def test_nothing_names_the_machine_it_was_written_on():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    texts = [ROOT / f for f in listed if f and (ROOT / f).is_file() and (ROOT / f).suffix in (".py", ".ipynb", ".md", ".ini", ".txt", ".yaml")] or EVERY
+    pattern = re.compile(r"/(?:home|root|Users)/\w+/|" + re.escape(f"{ROOT}/"))
+    assert [p.name for p in texts if pattern.search(p.read_text(encoding="utf-8"))] == []
+
+
+def test_the_code_is_tidy():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", "tests/ruff.toml", "calib_nb", "tests", ".ci", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
