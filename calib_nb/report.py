@@ -132,7 +132,7 @@ def to_html(notebook: str | Path, page: str | Path, *, code: bool = False) -> Pa
 # %% ../nbs/90_report.ipynb #cell-18
 @dataclass(frozen=True)
 class Report:
-    """Where a finished run left its files: the run `folder`, its `notebook`, its `page` (report.html) and the `metrics` (None when the report has none)."""
+    """Where a finished run left its files: the run `folder`, its `notebook`, its `page` (report.html), and its table of metrics and timings (None when the report has none)."""
 
     folder: Path
     notebook: Path
@@ -176,8 +176,16 @@ def run_report(report: str, parameters: Mapping[str, object] | None = None, *, c
         to_html(partial / "report.ipynb", partial / "report.html", code=code)
         _complete_manifest(partial, report, given, notebook)
     failed.unlink(missing_ok=True)
-    metrics = folder / "metrics.csv"
-    return Report(folder, folder / "report.ipynb", folder / "report.html", pd.read_csv(metrics) if metrics.exists() else None)
+    return Report(folder, folder / "report.ipynb", folder / "report.html", _read_metrics(folder))
+
+
+def _read_metrics(folder: Path) -> pd.DataFrame | None:
+    if not (folder / "metrics.csv").exists():
+        return None
+    metrics = pd.read_csv(folder / "metrics.csv")
+    if not (folder / "timings.csv").exists():
+        return metrics
+    return pd.concat([metrics, pd.read_csv(folder / "timings.csv").iloc[:, 1:]], axis=1)
 
 
 def _family(cls: type) -> set[type]:
@@ -252,10 +260,12 @@ def open_run(report: str, model: str, *, name: str = "demo", run_dir: str = "") 
 
 
 def save_metrics(run: RunFolder, table: pd.DataFrame) -> Path:
-    """Write metrics.csv (%.6g, without the timing columns latency*, *_ms and *_s): same inputs, same bytes. Source: ours."""
+    """Write metrics.csv (%.6g): same inputs, same bytes. Timing columns (latency*, *_ms, *_s) go to timings.csv, beside the first column. Source: ours."""
     timed = [c for c in table.columns if str(c).startswith("latency") or str(c).endswith(("_ms", "_s"))]
-    with atomic_file(run.path / "metrics.csv") as f:
-        table.drop(columns=timed).to_csv(f, index=False, float_format="%.6g", lineterminator="\n")
+    files = {"metrics.csv": table.drop(columns=timed)} | ({"timings.csv": table[[table.columns[0], *timed]]} if timed else {})
+    for name, part in files.items():
+        with atomic_file(run.path / name) as f:
+            part.to_csv(f, index=False, float_format="%.6g", lineterminator="\n")
     return run.path / "metrics.csv"
 
 

@@ -224,13 +224,13 @@ def _collide(a, b):
 def draw_scene(styles: Sequence[FaceStyle], rng: np.random.Generator, *, size: tuple[int, int] = (480, 360)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A group photo of `styles`, uint8 BGR, `size` (width, height), with boxes [n,4] and landmarks [n,5,2] in pixels.
 
-    Half face widths run from 1/32 to 1/6 of the height. A person for whom no free place is found is left out: n may be smaller. Source: ours.
+    Half face widths run from 1/20 to 1/5 of the height. A person for whom no free place is found is left out: n may be smaller. Source: ours.
     """
     w, h = size
     canvas, places = _background(size, rng), []
     for style in styles:
-        for _ in range(40):
-            radius = h * np.exp(rng.uniform(np.log(1 / 32), np.log(1 / 6)))
+        for attempt in range(40):
+            radius = h * np.exp(rng.uniform(np.log(1 / 20), np.log(1 / (5 + attempt / 4))))
             x, y = rng.uniform(1.3 * radius, w - 1.3 * radius), rng.uniform(1.8 * radius, h - 1.6 * radius)
             if not any(_collide((x, y, radius), place[1:]) for place in places):
                 places.append((style, x, y, radius))

@@ -1,0 +1,167 @@
+"""The vendor's compiler, by a stand-in executable: log, exit code, manifest, and nothing half-finished."""
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from calib_nb.core.errors import CheckFailed, ConfigError, InputError
+from calib_nb.npu.compile import TOOLCHAINS, compile_model, read_toolchain
+from calib_nb.npu.config import generate, save_config
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    os.makedirs("bin")
+    os.makedirs("my photos")
+    for i in range(4):
+        cv2.imwrite(f"my photos/{i}.jpg", np.zeros((8, 8, 3), np.uint8))
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 32, 32]) for n, c in (("input", 3), ("out", 2))]
+    graph = helper.make_graph([helper.make_node("Conv", ["input", "w"], ["out"])], "g", ends[:1], ends[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "my model.onnx")
+    save_config(generate("yunet", "my photos", model="my model.onnx", calibration_num=3), "c.json")
+    return tmp_path
+
+
+def stand_in(body, name="dxcom"):
+    Path("bin", name).write_text(f"#!{sys.executable}\nimport json, os, sys, time\nargs = sys.argv[1:]\nout = args[args.index('-o') + 1] if '-o' in args else args[args.index('--output') + 1]\n{body}\n")
+    Path("bin", name).chmod(0o755)
+
+
+WRITE = "print('compiling', args)\nprint('a warning', file=sys.stderr)\nopen(os.path.join(out, 'model.dxnn'), 'w').write('binary')"
+
+
+def test_without_the_compiler_its_command_line_is_told(place):
+    done = compile_model("my model.onnx", "c.json", "out")
+    assert not done.ran and done.exit_code == 0 and done.command == "dxcom -m 'my model.onnx' -c c.json -o out" and not Path("out").exists()
+    assert shlex.split(done.command)[2] == "my model.onnx"
+
+
+def test_with_the_compiler(place):
+    stand_in(WRITE)
+    done = compile_model("my model.onnx", "c.json", "out")
+    assert done.ran and done.exit_code == 0 and done.files == ("model.dxnn",) and done.problem == ""
+    log = Path("out/compile.log").read_text()
+    assert "'-m', 'my model.onnx', '-c', 'c.json', '-o'" in log and "a warning" in log
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["inputs"]["model"]["sha256"] == hashlib.sha256(Path("my model.onnx").read_bytes()).hexdigest()
+    assert set(manifest["outputs"]) == {"model.dxnn", "compile.log"} and manifest["steps"][0]["seconds"] >= 0 and manifest["parameters"]["command"] == done.command
+    assert compile_model("my model.onnx", "c.json", "out").exit_code == 0  # its own result may be replaced
+    assert not compile_model("my model.onnx", "c.json", "out", run=False).ran
+
+
+@pytest.mark.parametrize("body, code", [("sys.exit(7)", 7), (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", 128 + signal.SIGSEGV), ("pass", 1), (WRITE + "; sys.exit(2)", 2)])
+def test_exit_codes_are_passed_on_and_nothing_is_left(place, body, code):
+    stand_in(f"print('before')\nsys.stdout.flush()\n{body}")
+    done = compile_model("my model.onnx", "c.json", "out")
+    assert (done.exit_code, done.files, done.manifest) == (code, (), None) and "before" in done.log.read_text() and done.problem
+    assert not Path("out").exists() and not list(place.glob(".*partial"))
+
+
+def test_a_failed_run_leaves_the_older_result(place):
+    stand_in(WRITE)
+    compile_model("my model.onnx", "c.json", "out")
+    before = Path("out/manifest.json").read_bytes()
+    stand_in("sys.exit(1)")
+    assert compile_model("my model.onnx", "c.json", "out").exit_code == 1 and Path("out/manifest.json").read_bytes() == before
+
+
+def test_too_long_ends_the_whole_group(place):
+    stand_in("import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))\ntime.sleep(60)")
+    start = time.perf_counter()
+    done = compile_model("my model.onnx", "c.json", "out", timeout_s=2)
+    assert done.exit_code == 124 and time.perf_counter() - start < 8
+    assert not _alive(int(Path("child").read_text()))
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_ends_the_compiler_and_leaves_nothing(place):
+    stand_in("open('child', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    code = "from calib_nb.npu.compile import compile_model; compile_model('my model.onnx', 'c.json', 'out')"
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL)
+    for _ in range(200):
+        if Path("child").exists() and Path("child").read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert not _alive(int(Path("child").read_text())) and not Path("out").exists() and not list(place.glob(".*partial"))
+
+
+def test_nothing_goes_through_a_shell(place):
+    stand_in("open(os.path.join(out, 'args.json'), 'w').write(json.dumps(args))")
+    nasty = "x; touch owned $(touch owned) `touch owned`.onnx"
+    os.rename("my model.onnx", nasty)
+    done = compile_model(nasty, "c.json", "out")
+    assert done.exit_code == 0 and not Path("owned").exists() and json.loads(Path("out/args.json").read_text())[1] == nasty
+
+
+def test_a_toolchain_of_ones_own(place):
+    Path("mine.yaml").write_text(TOOLCHAINS["generic"].replace("npu-compiler", "my-npu").replace("name: generic", "name: mine"))
+    told = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
+    options = dict(zip(*[iter(shlex.split(told.command)[1:])] * 2))
+    assert not told.ran and options["--num-samples"] == "3" and Path(options["--calibration-dir"]).is_dir() and options["--method"] == "ema"
+    assert [Path(p).name for p in Path(options["--calibration-list"]).read_text().splitlines()] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert "resize" in json.loads(Path(options["--preprocessing"]).read_text())[0]
+    stand_in(WRITE, "my-npu")
+    done = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
+    assert done.files == ("model.dxnn",) and done.command.startswith("my-npu --model 'my model.onnx'")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name: x\nprograms: [x]\ncommand: ['{modl}']", "did you mean 'model'"),
+    ("name: x\nprograms: [x]\ncomand: ['{model}']", "did you mean 'command'"),
+    ("name: x\nprograms: []\ncommand: ['{model}']", "programs"),
+    ("name: x\nprograms: [x]\ncommand: ['{model.__class__}']", "unknown place"),
+    ("name: x\nprograms: [x]\ncommand: ['{0}', '{}']", "unknown place"),
+    ("name: ../x\nprograms: [x]\ncommand: ['{model}']", "name"),
+    ("!!python/object/apply:os.system ['touch owned']", "no YAML"),
+    ("- a", "valid dictionary|object"),
+    ("", "valid dictionary|object"),
+    ("a: [", "no YAML"),
+])
+def test_bad_toolchains(tmp_path, text, message):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_toolchain(tmp_path / "t.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals_before_anything_runs(place):
+    stand_in("open('/dev/null')")
+    save_config(generate("yunet", "nowhere", model="my model.onnx"), "wrong.json")
+    with pytest.raises(CheckFailed, match="no such folder"):
+        compile_model("my model.onnx", "wrong.json", "out")
+    with pytest.raises(CheckFailed, match="no such model"):
+        compile_model("none.onnx", "c.json", "out")
+    os.makedirs("full")
+    Path("full/keep.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        compile_model("my model.onnx", "c.json", "full")
+    assert Path("full/keep.txt").exists()
+    with pytest.raises(ConfigError, match="did you mean 'dx-com'"):
+        compile_model("my model.onnx", "c.json", "out", toolchain="dxcom")
+    Path("bin/dxcom").write_text("not a program")
+    with pytest.raises(ConfigError, match="cannot be started"):
+        compile_model("my model.onnx", "c.json", "out")

@@ -1,0 +1,169 @@
+"""Reading ONNX files: what they promise, what is refused, and the copy with a fixed batch."""
+
+import contextlib
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calib_nb.core.errors import ModelError
+from calib_nb.npu.contract import fix_batch, open_session, read_contract, single_input
+
+FLOAT = TensorProto.FLOAT
+
+
+def save(path, nodes, inputs, outputs, weights=(), **options):
+    values = [[helper.make_tensor_value_info(n, t, s) for n, t, s in part] for part in (inputs, outputs)]
+    graph = helper.make_graph(nodes, "g", *values, [numpy_helper.from_array(w, n) for n, w in weights])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path, **options)
+    return path
+
+
+def conv(path, shape=("n", 3, 16, 16), extra_inputs=(), **options):
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    nodes = [helper.make_node("Conv", ["image", "w"], ["y"], pads=[1, 1, 1, 1]), helper.make_node("Relu", ["y"], ["out"])]
+    return save(path, nodes, [("image", FLOAT, shape), *extra_inputs], [("out", FLOAT, [shape[0], 4, *shape[2:]])], [("w", weight)], **options)
+
+
+def test_every_truncation_is_refused_or_still_a_model(tmp_path):
+    whole = conv(tmp_path / "m.onnx").read_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / "cut.onnx").write_bytes(whole[:length])
+        with contextlib.suppress(ModelError):
+            read_contract(tmp_path / "cut.onnx")
+    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.onnx").write_bytes(whole[:length])
+        with pytest.raises(ModelError):
+            read_contract(tmp_path / "cut.onnx")
+
+
+def test_flipped_bytes_never_give_a_traceback(tmp_path):
+    whole = bytearray(conv(tmp_path / "m.onnx").read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 3):
+            damaged[at] = int(rng.integers(0, 256))
+        (tmp_path / "bad.onnx").write_bytes(damaged)
+        with contextlib.suppress(ModelError):
+            read_contract(tmp_path / "bad.onnx").table()
+
+
+def test_foreign_files(tmp_path):
+    for name, content, message in (("a.pt", b"PK\x03\x04abc", "PyTorch"), ("b.tflite", b"\x1c\0\0\0TFL3", "TFLite"), ("c.jpg", b"\xff\xd8\xff\xe0", "JPEG"), ("d.json", b"{}", "JSON"), ("e", bytes(100), "not ONNX"), ("f", b"", "empty")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            read_contract(tmp_path / name)
+    with pytest.raises(ModelError, match="no such model"):
+        read_contract(tmp_path / "none.onnx")
+    with pytest.raises(ModelError, match="not a file"):
+        read_contract(tmp_path)
+
+
+@pytest.mark.parametrize("first", [b"\0", b"\x08"])
+def test_a_huge_file_is_refused_at_once(tmp_path, first):
+    with open(tmp_path / "huge.onnx", "wb") as f:
+        f.write(first)
+        f.truncate(3 * 2**30)
+    with pytest.raises(ModelError, match="GiB|not ONNX"):
+        read_contract(tmp_path / "huge.onnx")
+
+
+def test_external_weights_must_be_there_whole_and_near(tmp_path):
+    conv(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert read_contract(tmp_path / "m.onnx").external_data == ("w.bin",)
+    weights = (tmp_path / "w.bin").read_bytes()
+    (tmp_path / "w.bin").write_bytes(weights[:-1])
+    with pytest.raises(ModelError, match="'w.bin' of .* is cut short"):
+        read_contract(tmp_path / "m.onnx")
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(ModelError, match="is missing"):
+        read_contract(tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    for location in ("../w.bin", "/etc/passwd"):
+        model.graph.initializer[0].external_data[0].value = location
+        (tmp_path / "out.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(ModelError, match="outside its folder"):
+            read_contract(tmp_path / "out.onnx")
+
+
+def test_initializers_listed_as_inputs_do_not_count(tmp_path):
+    path = conv(tmp_path / "m.onnx", (1, 3, 16, 16), extra_inputs=[("w", FLOAT, [4, 3, 3, 3])])
+    assert single_input(read_contract(path)).name == "image" and read_contract(path).parameters == 108
+
+
+def test_quantized_models_are_recognised(tmp_path):
+    from onnxruntime.quantization import QuantFormat, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        items = [{"image": np.ones((1, 3, 16, 16), np.float32)}]
+
+        def get_next(self):
+            return self.items.pop() if self.items else None
+
+    path = conv(tmp_path / "m.onnx", (1, 3, 16, 16))
+    assert not read_contract(path).quantized
+    quantize_static(path, tmp_path / "qdq.onnx", Reader(), quant_format=QuantFormat.QDQ)
+    Reader.items = [{"image": np.ones((1, 3, 16, 16), np.float32)}]
+    quantize_static(path, tmp_path / "op.onnx", Reader(), quant_format=QuantFormat.QOperator)
+    quantize_dynamic(path, tmp_path / "dynamic.onnx")
+    assert all(read_contract(tmp_path / f"{n}.onnx").quantized for n in ("qdq", "op", "dynamic"))
+
+
+@pytest.mark.parametrize("shape, message", [(("n", 3, 16, 16), "expected batch 1; run: calib-nb fix-batch --model"), ((4, 3, 16, 16), "batch 1"), ((1, 3, "h", "w"), "--input-size WIDTH HEIGHT"), ((1, 3, 16), "1, C, H, W")])
+def test_open_shapes_are_refused_with_the_line_that_fixes_them(tmp_path, shape, message):
+    path = save(tmp_path / "my model.onnx", [helper.make_node("Relu", ["image"], ["out"])], [("image", FLOAT, shape)], [("out", FLOAT, shape)])
+    with pytest.raises(ModelError, match=message) as caught:
+        single_input(read_contract(path))
+    if "run:" in str(caught.value):
+        assert f"--model '{path}'" in str(caught.value)  # quoted for the shell
+
+
+@pytest.mark.parametrize("batch", ["n", "", 8])
+def test_fix_batch_gives_the_same_answer(tmp_path, batch):
+    path = conv(tmp_path / "m.onnx", (batch or None, 3, 16, 16))
+    done = fix_batch(path, tmp_path / "b1.onnx")
+    assert single_input(read_contract(done)).shape == (1, 3, 16, 16) and read_contract(done).outputs[0].shape == (1, 4, 16, 16)
+    onnx.checker.check_model(onnx.load(done), full_check=True)
+    image = np.random.default_rng(1).normal(size=(1, 3, 16, 16)).astype(np.float32)
+    feed = {"image": image.repeat(8, 0) if batch == 8 else image}
+    assert np.allclose(open_session(path).run(None, feed)[0][:1], open_session(done).run(None, {"image": image})[0], atol=1e-6)
+
+
+def test_fix_batch_refuses_a_graph_that_computes_with_its_batch(tmp_path):
+    shape = numpy_helper.from_array(np.array([8, -1]), "s")
+    graph = helper.make_graph([helper.make_node("Reshape", ["image", "s"], ["out"])], "g", [helper.make_tensor_value_info("image", FLOAT, [8, 3, 4, 4])], [helper.make_tensor_value_info("out", FLOAT, [8, 48])], [shape])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="export it|export the model"):
+        fix_batch(tmp_path / "m.onnx", tmp_path / "b1.onnx")
+    mean = save(tmp_path / "mean.onnx", [helper.make_node("ReduceSum", ["image"], ["out"], keepdims=0)], [("image", FLOAT, [2, 3, 4, 4])], [("out", FLOAT, [])])
+    with pytest.raises(ModelError, match="changes when the shape is fixed"):
+        fix_batch(mean, tmp_path / "b1.onnx")
+    assert not (tmp_path / "b1.onnx").exists()
+    with pytest.raises(ModelError, match="another name"):
+        fix_batch(mean, mean)
+
+
+def test_sessions_have_the_threads_that_were_asked_for(tmp_path):
+    session = open_session(conv(tmp_path / "m.onnx"), threads=1)
+    assert session.get_session_options().intra_op_num_threads == 1 and session.get_providers() == ["CPUExecutionProvider"]
+    unknown = save(tmp_path / "u.onnx", [helper.make_node("NoSuchOperator", ["image"], ["out"])], [("image", FLOAT, [1])], [("out", FLOAT, [1])])
+    with pytest.raises(ModelError, match="ONNX Runtime cannot open"):
+        open_session(unknown)
+    assert onnxruntime.__version__
+
+
+def test_real_models(real_data, tmp_path):
+    models = real_data / "models"
+    yunet = read_contract(models / "face_detection_yunet_2023mar.onnx")
+    assert str(single_input(yunet)) == "input float32 [1, 3, 640, 640]" and len(yunet.outputs) == 12 and yunet.parameters == 53121
+    face = models / "edgeface_xxs_q_dequant.onnx"
+    with pytest.raises(ModelError, match="fix-batch"):
+        single_input(read_contract(face))
+    fixed = fix_batch(face, tmp_path / "b1.onnx")
+    assert read_contract(fixed).outputs[0].shape == (1, 512)
+    with pytest.raises(ModelError, match="PyTorch"):
+        read_contract(models / "edgeface_xxs_q.pt")

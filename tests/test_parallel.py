@@ -1,0 +1,282 @@
+"""Ordered parallel map: order, memory bound, resume after kill -9, Ctrl-C, errors."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib_nb.core import parallel
+from calib_nb.core.errors import ImageError, InputError
+from calib_nb.core.parallel import Journal, next_batch_size, parallel_map
+
+
+def quiet(function, items, **options):
+    return parallel_map(function, items, progress=False, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(items=st.lists(st.integers(), max_size=600), workers=st.integers(1, 9), largest=st.integers(1, 50), known=st.sets(st.integers(0, 599)))
+def test_order_equals_map(tmp_path_factory, items, workers, largest, known):
+    keyed = list(enumerate(items))
+    path = tmp_path_factory.mktemp("j") / "journal"
+    book = Journal(path)
+    book.add([(str(keyed[i]), -keyed[i][1]) for i in sorted(known) if i < len(items)])
+    book.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "LARGEST_BATCH", largest)
+        assert list(quiet(lambda pair: -pair[1], keyed, workers=workers)) == [-x for x in items]
+        assert list(quiet(lambda pair: -pair[1], iter(keyed), workers=workers, journal=path)) == [-x for x in items]
+
+
+def test_order_in_processes_and_with_uneven_work():
+    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 3)), x)[1], range(60), backend="process", workers=3)) == list(range(60))
+    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 5)), x)[1], range(200), workers=8)) == list(range(200))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_in_flight_never_above_the_window(workers):
+    taken, given, worst = 0, 0, 0
+
+    def endless():
+        nonlocal taken
+        for i in itertools.count():
+            taken += 1
+            yield i
+
+    results = quiet(abs, endless(), workers=workers)
+    for i, value in zip(range(20_000), results):
+        given += 1
+        worst = max(worst, taken - given)
+        if i % 4000 == 0:
+            time.sleep(0.05)  # a slow consumer: producers must not run away
+        assert value == i
+    results.close()
+    assert worst <= (2 * workers + 2) * parallel.LARGEST_BATCH
+    assert taken <= given + worst
+
+
+def test_memory_does_not_grow_with_the_number_of_items():
+    """200 results of 1 MB each through a slow consumer: the process never holds more than the window of them."""
+    alive, worst, lock = 0, 0, threading.Lock()
+
+    class Megabyte:
+        def __init__(self):
+            nonlocal alive, worst
+            self.data = bytes(1_000_000)
+            time.sleep(0.005)
+            with lock:
+                alive += 1
+                worst = max(worst, alive)
+
+        def __del__(self):
+            nonlocal alive
+            with lock:
+                alive -= 1
+
+    for value in quiet(lambda _: Megabyte(), range(200), workers=2):
+        time.sleep(0.002)
+        del value
+    assert worst <= 2 * 2 + 2 + 6 * 2  # batches of one or two at 5 ms each
+
+
+def test_a_slow_source_is_not_waited_for():
+    def source():
+        for i in range(8):
+            time.sleep(0.05)
+            yield i
+
+    start = time.perf_counter()
+    seen = [(value, time.perf_counter() - start) for value in quiet(lambda x: x, source(), workers=2)]
+    assert [value for value, _ in seen] == list(range(8))
+    assert seen[0][1] < 0.3
+
+
+@given(st.integers(1, 256), st.integers(1, 256), st.floats(0, 100))
+def test_batch_size_is_bounded(size, done, seconds):
+    assert 1 <= next_batch_size(size, done, seconds) <= min(2 * size, 256)
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_error_in_its_place_and_named(backend):
+    def f(x):
+        if x == 37:
+            raise ImageError("bad", reason="empty")  # keyword-only arguments: does not survive pickling as it is
+        return x
+
+    seen = []
+    with pytest.raises(Exception, match="bad") as caught:
+        for value in quiet(f, range(1000), backend=backend, workers=2):
+            seen.append(value)
+    assert seen == list(range(37)) and caught.value.__notes__ == ["while working on item 37"]
+
+
+def test_bad_arguments():
+    with pytest.raises(InputError, match="at least 1"):
+        quiet(abs, [], workers=0)
+    with pytest.raises(InputError, match="did you mean 'thread'"):
+        quiet(abs, [], backend="threads")
+
+
+# --- the journal
+
+
+def test_journal_cuts_a_torn_line_at_every_byte(tmp_path):
+    whole = tmp_path / "whole"
+    book = Journal(whole, "s")
+    book.add([("a", 1), ("ü", {"x": 0.1}), ("c", None)])
+    book.close()
+    data = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for cut in range(len(data) + 1):
+        path = tmp_path / "cut"
+        path.write_bytes(data[:cut])
+        if 0 < cut < 19:  # not even the header's first word: it cannot be told from a file of someone else
+            with pytest.raises(InputError, match="not a journal"):
+                Journal(path, "s")
+            continue
+        book = Journal(path, "s")
+        assert len(book.done) == max(0, sum(end <= cut for end in ends) - 1)
+        book.add([("d", 4)])
+        book.close()
+        assert Journal(path, "s").done["d"] == 4
+        assert all(json.loads(line) is not None for line in path.read_text().splitlines())
+
+
+def test_journal_signature_and_foreign_file(tmp_path):
+    path = tmp_path / "j"
+    assert list(quiet(lambda x: x + 1, range(5), journal=path, signature="one")) == [1, 2, 3, 4, 5]
+    calls = []
+    assert list(quiet(lambda x: calls.append(x) or x, range(5), journal=path, signature="one")) == [1, 2, 3, 4, 5] and calls == []
+    assert list(quiet(lambda x: x * 2, range(5), journal=path, signature="two")) == [0, 2, 4, 6, 8]
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(InputError, match="not a journal"):
+        quiet(abs, [1], journal=photo)
+    assert photo.read_bytes() == b"\xff\xd8\xff\xe0"
+
+
+def test_journal_values_are_the_same_fresh_and_resumed(tmp_path):
+    def f(x):
+        return {"t": (x, 0.1 * x), "n": float("inf")}
+
+    fresh = list(quiet(f, range(3), journal=tmp_path / "j"))
+    assert fresh == list(quiet(f, range(3), journal=tmp_path / "j")) and fresh[1]["t"] == [1, 0.1]
+    with pytest.raises(InputError, match="cannot be kept in a journal"):
+        list(quiet(lambda x: object(), range(3), journal=tmp_path / "k"))
+
+
+SCRIPT = """
+import sys, time
+from calib_nb.core.parallel import parallel_map
+journal, calls, backend, seconds = sys.argv[1:]
+def work(x):
+    with open(calls, "a") as f:
+        f.write(f"{x}\\n")
+    time.sleep(float(seconds))
+    return x * x
+values = list(parallel_map(work, range(300), workers=2, backend=backend, journal=journal, progress=False))
+assert values == [x * x for x in range(300)], values
+print("whole")
+"""
+
+
+def start(tmp_path, backend="thread", seconds="0.01"):
+    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "journal"), str(tmp_path / "calls"), backend, seconds]
+    environment = {**os.environ, "PYTHONPATH": str(Path(parallel.__file__).parents[2])}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+
+
+def wait_for_calls(tmp_path, count, limit=30):
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        if (tmp_path / "calls").exists() and len((tmp_path / "calls").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get going")
+
+
+def group_members(group):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(group, limit):
+    until = time.monotonic() + limit
+    while group_members(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    return group_members(group)
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_kill_9_then_resume(tmp_path, backend):
+    process = start(tmp_path, backend)
+    wait_for_calls(tmp_path, 100)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert wait_until_gone(process.pid, 15) == []  # workers notice and leave
+    process.communicate()
+    journal = tmp_path / "journal"
+    kept = len(journal.read_text().splitlines()) - 1
+    assert 50 <= kept < 300
+    with open(journal, "a") as f:
+        f.write('["299", 89')  # and the kill tore a line
+    (tmp_path / "calls").unlink()
+    again = start(tmp_path, backend)
+    out, err = again.communicate(timeout=60)
+    assert out == "whole\n" and err == "" and again.returncode == 0
+    assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+@pytest.mark.parametrize("after", [1, 60])
+def test_ctrl_c(tmp_path, backend, after):
+    process = start(tmp_path, backend, "0.02")
+    wait_for_calls(tmp_path, after)
+    start_s = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - start_s < 5
+    assert out == "" and process.returncode == -signal.SIGINT
+    assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
+    assert wait_until_gone(process.pid, 5) == []
+    kept = len((tmp_path / "journal").read_text().splitlines()) - 1
+    assert (kept >= 20) == (after == 60)
+    (tmp_path / "calls").unlink()
+    again = start(tmp_path, backend, "0")
+    assert again.communicate(timeout=60)[0] == "whole\n"
+    assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept
+
+
+def test_a_long_item_does_not_hold_up_the_end(tmp_path):
+    process = start(tmp_path, "process", "60")
+    wait_for_calls(tmp_path, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=15)
+    assert wait_until_gone(process.pid, 5) == []
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang():
+    def die(x):
+        if x == 5:
+            os._exit(3)
+        return x
+
+    with pytest.raises(Exception, match="(?i)terminated|process"):
+        list(quiet(die, range(100), backend="process", workers=2))

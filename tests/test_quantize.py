@@ -1,0 +1,206 @@
+"""Quantizing: what is written is checked, repeatable, whole or absent; what cannot be quantized is refused in one line."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calib_nb.core.errors import ImageError, InputError, ModelError
+from calib_nb.core.run import sha256_file
+from calib_nb.npu.contract import fix_batch, open_session, read_contract
+from calib_nb.quant.profile import PROFILES, Profile, profile
+from calib_nb.quant.quantize import METHODS, ImageFeed, images_digest, quantize, read_history
+
+
+def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0, inputs=1):
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(0, 0.3, (8, 3, 3, 3)), "g": rng.uniform(0.5, 2, 8), "b": np.full(8, bias), "m": rng.normal(0, 0.1, 8), "v": rng.uniform(0.5, 2, 8), "f": rng.normal(0, 0.3, (8, 5))}
+    names = ["input", *(f"more{k}" for k in range(1, inputs))]
+    nodes = [helper.make_node("Sum", names, ["x"])] if inputs > 1 else [helper.make_node("Identity", ["input"], ["x"])]
+    nodes += [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), helper.make_node("Relu", ["n"], ["r"]),
+              helper.make_node("GlobalAveragePool", ["r"], ["p"]), helper.make_node("Flatten", ["p"], ["h"]), helper.make_node("MatMul", ["h", "f"], ["output"])]  # fmt: skip
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in names]
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [shape[0], 5])
+    graph = helper.make_graph(nodes, "g", values, [output], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
+    return path
+
+
+def scale(bgr):
+    return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(np.random.default_rng(1).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def model(tmp_path):
+    return network(tmp_path / "float.onnx")
+
+
+def run(path, picture):
+    return open_session(path).run(None, {"input": scale(picture)})[0].ravel()
+
+
+@pytest.mark.parametrize("target", PROFILES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("opset", [11, 17])
+def test_every_profile_and_method_comes_close_to_float(tmp_path, pictures, target, method, opset):
+    model = network(tmp_path / "float.onnx", opset=opset)
+    before = sha256_file(model)
+    result = quantize(model, pictures, scale, tmp_path / "int8.onnx", profile=target, method=method, progress=False)
+    assert sha256_file(model) == before
+    assert read_contract(result.path).quantized and result.images == 12
+    onnx.checker.check_model(str(result.path), full_check=True)
+    wanted, got = run(model, pictures[0]), run(result.path, pictures[0])
+    assert np.abs(wanted - got).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("target", PROFILES)
+def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
+    facts = profile(target)
+    proto = onnx.load(quantize(model, pictures, scale, tmp_path / "int8.onnx", profile=target, progress=False).path)
+    values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    conv = next(n for n in proto.graph.node if n.op_type == "Conv")
+    producer = {n.output[0]: n for n in proto.graph.node}
+    activation, weight = (producer[name] for name in conv.input[:2])
+    weight_scale, weight_zero, weight_values = (values[weight.input[k]] for k in (1, 2, 0))
+    assert weight_scale.size == (8 if facts.weight_per_channel else 1) and weight_values.dtype == np.int8
+    assert not facts.weight_symmetric or not weight_zero.any()
+    assert facts.weight_levels[0] <= weight_values.min() and weight_values.max() == facts.weight_levels[1]
+    assert values[activation.input[2]].dtype == (np.int8 if facts.activation_signed else np.uint8) and values[activation.input[1]].size == 1
+
+
+def test_minmax_is_the_range_that_was_seen(tmp_path, model, pictures):
+    proto = onnx.load(quantize(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path)
+    values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    first = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
+    seen = np.stack([scale(p) for p in pictures])
+    assert np.isclose(values[first.input[1]], (max(seen.max(), 0) - min(seen.min(), 0)) / 255, rtol=1e-6)
+
+
+def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, pictures):
+    np.save(tmp_path / "pictures.npy", np.stack(pictures))
+    code = "import sys, numpy as np; sys.path.insert(0, sys.argv[3]); from test_quantize import quantize, scale; quantize(sys.argv[1], list(np.load(sys.argv[2])), scale, sys.argv[4], method='kl', progress=False)"
+    digests = set()
+    for seed in ("1", "2"):
+        output = tmp_path / f"{seed}.onnx"
+        command = [sys.executable, "-c", code, model, tmp_path / "pictures.npy", os.path.dirname(__file__), output]
+        subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        digests.add(sha256_file(output))
+    assert len(digests) == 1
+
+
+def test_history_is_in_the_file(tmp_path, model, pictures):
+    result = quantize(model, pictures, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False)
+    history = read_history(result.path)
+    assert history["profile"] == "xnnpack" and history["method"] == "percentile" and history["images"] == "12"
+    assert history["images_sha256"] == images_digest(pictures) and history["model_sha256"] == sha256_file(model) and "onnxruntime" in history["versions"]
+
+
+def test_paths_and_arrays_are_alike(tmp_path, model, pictures):
+    import cv2
+
+    paths = [tmp_path / f"{k}.png" for k in range(12)]
+    for path, picture in zip(paths, pictures, strict=True):
+        cv2.imwrite(str(path), picture)
+    a, b = (onnx.load(quantize(model, images, scale, tmp_path / "int8.onnx", progress=False).path) for images in (paths, pictures))
+    assert a.graph == b.graph
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(ImageError, match="0.png"):
+        quantize(model, paths, scale, tmp_path / "bad.onnx", progress=False)
+    assert not (tmp_path / "bad.onnx").exists()
+
+
+def refuse(match, error, *arguments, **options):
+    output = arguments[3]
+    with pytest.raises(error, match=match) as caught:
+        quantize(*arguments, progress=False, **options)
+    assert "\n" not in str(caught.value) and not output.exists()
+
+
+def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
+    out = tmp_path / "out.onnx"
+    int8 = quantize(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path
+    refuse("quantized already", ModelError, int8, pictures, scale, out)
+    refuse("fix-batch", ModelError, network(tmp_path / "open.onnx", shape=("n", 3, 16, 16)), pictures, scale, out)
+    refuse("has 2 inputs", ModelError, network(tmp_path / "two.onnx", inputs=2), pictures, scale, out)
+    refuse("no such model", ModelError, tmp_path / "none.onnx", pictures, scale, out)
+    refuse("NaN or infinity", ModelError, network(tmp_path / "nan.onnx", bias=np.nan), pictures, scale, out)
+    (tmp_path / "text.onnx").write_text("hello")
+    refuse("text.onnx", ModelError, tmp_path / "text.onnx", pictures, scale, out)
+    onnx.save(onnx.load(model), tmp_path / "external.onnx", save_as_external_data=True, size_threshold=0)
+    refuse("external data", ModelError, tmp_path / "external.onnx", pictures, scale, out)
+    relu = helper.make_graph([helper.make_node("Exp", ["input"], ["output"])], "g", *([helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 16])] for n in ("input", "output")))
+    onnx.save(helper.make_model(relu, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "exp.onnx")
+    refuse("no operator of this model can be quantized", ModelError, tmp_path / "exp.onnx", pictures, scale, out)
+
+
+def test_other_bad_input_is_refused(tmp_path, model, pictures):
+    out = tmp_path / "out.onnx"
+    refuse("'ema' is not offered yet; expected one of minmax, kl, percentile", InputError, model, pictures, scale, out, method="ema")
+    refuse("did you mean 'minmax'", InputError, model, pictures, scale, out, method="min_max")
+    refuse("did you mean 'ort-cpu'", InputError, model, pictures, scale, out, profile="ort_cpu")
+    refuse("no calibration images", InputError, model, [], scale, out)
+    refuse("no such image", InputError, model, ["nowhere.png"], scale, out)
+    refuse("gives float32 \\[1, 3, 8, 8\\]; expected float32 \\[1, 3, 16, 16\\]", InputError, model, [p[:8, :8] for p in pictures], scale, out)
+    refuse("gives NaN", InputError, model, pictures, lambda p: scale(p) * np.float32(np.nan), out)
+    refuse("8 bits for both", InputError, model, pictures, scale, out, profile=Profile("four", True, True, False, False, weight_bits=4))
+    with pytest.raises(InputError, match="another file than the model"):
+        quantize(model, pictures, scale, model)
+
+
+def test_nothing_is_printed_and_logging_is_left_alone(tmp_path, model, pictures, capfd):
+    root = logging.getLogger()
+    before = (list(root.handlers), list(root.filters), root.level)
+    quantize(model, pictures, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
+    assert capfd.readouterr() == ("", "") and (list(root.handlers), list(root.filters), root.level) == before
+
+
+def test_the_feed_ends_with_its_range(pictures):
+    feed = ImageFeed(pictures, scale, "input", (1, 3, 16, 16), progress=False)
+    feed.set_range(10, 12)
+    assert [feed.get_next() is None for _ in range(3)] == [False, False, True]
+
+
+def test_a_kill_leaves_no_half_file(tmp_path, model, pictures):
+    np.save(tmp_path / "pictures.npy", np.stack(pictures))
+    code = """if True:
+        import sys, time, numpy as np
+        sys.path.insert(0, sys.argv[3])
+        from test_quantize import quantize, scale
+        def slow(bgr):
+            print("fed", flush=True)
+            time.sleep(0.2)
+            return scale(bgr)
+        quantize(sys.argv[1], list(np.load(sys.argv[2])), slow, sys.argv[4], progress=False)"""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", code, str(model), str(tmp_path / "pictures.npy"), os.path.dirname(__file__), str(folder / "int8.onnx")], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(folder.iterdir()) == [] and read_contract(model).quantized is False
+
+
+def test_real_face_models(real_data, tmp_path):
+    from calib_nb.data.images import find_images
+    from calib_nb.data.preprocess import preset
+
+    photos = [real_data / "lfw/images" / p for p in find_images(real_data / "lfw/images")[:10]]
+    edgeface = fix_batch(real_data / "models/edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
+    result = quantize(edgeface, photos, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
+    assert result.size_mb < 0.4 * result.float_size_mb and "LayerNormalization" in {n.op_type for n in onnx.load(result.path).graph.node}
+    yunet = real_data / "models/face_detection_yunet_2023mar.onnx"  # opset 11, uint8 preprocessing
+    result = quantize(yunet, photos, preset("yunet", size=(640, 640)), tmp_path / "yunet_int8.onnx", profile="per-tensor-npu", progress=False)
+    assert read_contract(result.path).opset >= 13 and len(read_contract(result.path).outputs) == 12
