@@ -13,7 +13,7 @@ def readme() -> str:
     """The index notebook as Markdown whose links start at the top of the checkout."""
     from traitlets.config import Config
 
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["hide"]}})
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide-input"]}})
     text, _ = MarkdownExporter(config=config).from_filename(str(root / "nbs" / "index.ipynb"))
     text = re.sub(r"\]\((?!https?:|#|\.\./)", "](nbs/", text).replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['report_notebook', 'list_reports', 'report_parameters', 'check_parameters', 'to_html', 'Report', 'run_path',
-           'run_report', 'run_all', 'open_run', 'save_metrics', 'save_figure', 'show_table']
+           'run_report', 'run_all', 'open_run', 'save_metrics', 'save_figure', 'show_table', 'text_table']
 
 # %% ../nbs/90_report.ipynb #cell-2
 import ast
@@ -164,7 +164,7 @@ def run_report(report: str, parameters: Mapping[str, object] | None = None, *, c
     with atomic_folder(folder) as partial:
         try:
             notebook = papermill.execute_notebook(
-                str(report_notebook(report)), str(partial / "report.ipynb"), {**given, "run_dir": str(partial)}, kernel_name="python3", progress_bar={"desc": Path(report).stem}, log_output=False
+                str(report_notebook(report)), str(partial / "report.ipynb"), {**given, "run_dir": str(partial)}, kernel_name="python3", progress_bar={"desc": Path(report).stem}, log_output=False, config=_kernel()
             )
         except papermill.PapermillExecutionError as e:
             shutil.move(partial / "report.ipynb", failed)
@@ -177,6 +177,15 @@ def run_report(report: str, parameters: Mapping[str, object] | None = None, *, c
         _complete_manifest(partial, report, given, notebook)
     failed.unlink(missing_ok=True)
     return Report(folder, folder / "report.ipynb", folder / "report.html", _read_metrics(folder))
+
+
+def _kernel():
+    """Talk to the kernel through a local socket where that can be: nobody else on a shared machine can listen. Source: jupyter_client."""
+    from jupyter_core.paths import jupyter_runtime_dir
+    from traitlets.config import Config
+
+    short = len(jupyter_runtime_dir()) <= 50  # the name of a socket has 107 bytes at most, and 50 of them are the kernel's
+    return Config({"KernelManager": {"transport": "ipc" if os.name == "posix" and short else "tcp"}})
 
 
 def _read_metrics(folder: Path) -> pd.DataFrame | None:
@@ -280,3 +289,8 @@ def show_table(table: pd.DataFrame, caption: str = ""):
     """A table for display: numbers to four significant digits, no index, cells escaped. Source: pandas' Styler."""
     style = table.style.hide(axis="index").format(lambda v: f"{v:.4g}" if isinstance(v, float) else v, na_rep="", escape="html")
     return style.set_caption(caption) if caption else style
+
+
+def text_table(table: pd.DataFrame) -> str:
+    """A table as text for a terminal: numbers to four significant digits, no index. Source: pandas."""
+    return table.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.4g}")

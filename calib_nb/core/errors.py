@@ -7,6 +7,7 @@ __all__ = ['CalibError', 'InputError', 'ConfigError', 'ModelError', 'ImageError'
 
 # %% ../../nbs/core/00_errors.ipynb #cell-2
 import difflib
+import functools
 from collections.abc import Iterable
 
 # %% ../../nbs/core/00_errors.ipynb #cell-7
@@ -26,6 +27,9 @@ class CalibError(Exception):
     def __str__(self) -> str:
         expected = f"expected {self.expected}" if self.expected else ""
         return "; ".join(part for part in (self.what, expected, self.fix) if part)
+
+    def __reduce__(self):  # so that an error keeps its type and its parts on its way out of a worker process
+        return functools.partial(type(self), **vars(self)), ()
 
 # %% ../../nbs/core/00_errors.ipynb #cell-10
 class InputError(CalibError):

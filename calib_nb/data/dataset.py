@@ -252,11 +252,15 @@ def _lock(folder: Path, output: Path) -> int:
     return handle
 
 
+_LEADS_OUT = "its photos are links out of the folder, which config and verify do not follow; hardlink or copy serves them"
+
+
 def _fill(partial: Path, output: Path, selection: Selection, pool: pd.DataFrame, parameters: dict) -> PreparedSet:
     names = set_names(list(selection.rows["path"]))
     images = selection.rows.astype({"width": int, "height": int})
     images.insert(0, "name", images["path"].map(names))
-    made = PreparedSet(output, images, pool, selection.plan, selection.warnings, parameters)
+    warnings = selection.warnings + ((_LEADS_OUT,) if parameters["link"] == "symlink" else ())
+    made = PreparedSet(output, images, pool, selection.plan, warnings, parameters)
     for path, name in names.items():
         place(Path(parameters["source_dir"], path), partial / name, parameters["link"])
     write_lists(partial, made)
