@@ -108,9 +108,11 @@ def test_real_models_and_faces(real_data, tmp_path):
     for kind, model in (("yunet", models / "face_detection_yunet_2023mar.onnx"), ("edgeface", edgeface)):
         config = generate(kind, faces, model=model)
         result = verify(config, model=model, visualize=True, num_samples=3, progress=False)
-        assert result.passed and result.findings == [] and result.checks["passed"].tolist() == [True] * 4
+        assert result.passed and result.findings == [] and result.checks["passed"].tolist() == [True] * 5
     forgot = config.to_dict()
     forgot["default_loader"]["preprocessings"] = forgot["default_loader"]["preprocessings"][1:]
-    seen = verify(CompilerConfig.model_validate(forgot), model=edgeface, visualize=True, num_samples=3, progress=False).samples[0]
+    swapped = verify(CompilerConfig.model_validate(forgot), model=edgeface, visualize=True, num_samples=3, progress=False)
+    assert not swapped.passed and "edgeface takes RGB and is fed BGR" in swapped.checks.set_index("check")["detail"]["colours fit the model"]
+    seen = swapped.samples[0]
     right = preset("edgeface").denormalize(preset("edgeface")(seen.original))
     assert np.array_equal(seen.seen, right[..., ::-1])  # the network takes red for blue

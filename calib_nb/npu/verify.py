@@ -7,6 +7,7 @@ __all__ = ['tensor_row', 'Sample', 'range_problem', 'see', 'plot_sample', 'Verif
 
 # %% ../../nbs/npu/32_verify.ipynb #cell-2
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _run_model(session, tensor: np.ndarray) -> str:
     return f"output '{bad[0]}' is not finite" if bad else ""
 
 
-def _checks(findings: list[Finding], table: pd.DataFrame, with_model: bool) -> pd.DataFrame:
+def _checks(findings: list[Finding], table: pd.DataFrame, with_model: bool, more: Sequence[tuple] = ()) -> pd.DataFrame:
     """The verdict as rows: check, passed, detail. Source: ours."""
     errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
     rows = [("the config is sound", errors == 0, f"{errors} errors, {warnings} warnings")]
@@ -134,7 +135,16 @@ def _checks(findings: list[Finding], table: pd.DataFrame, with_model: bool) -> p
         run = table if column == "problem" else table[table["problem"] == ""]
         faults = run[column][run[column] != ""]
         rows.append((check, len(faults) == 0 and len(run) > 0, f"{len(run) - len(faults)} of {len(run)} images" + (f"; {faults.iloc[0]}" if len(faults) else "")))
-    return pd.DataFrame(rows, columns=["check", "passed", "detail"])
+    return pd.DataFrame([*rows, *more], columns=["check", "passed", "detail"])
+
+
+def _color_check(chain: Preprocess, kind: str) -> list[tuple[str, bool, str]]:
+    """A row for `_checks` when the preset `kind` is known and the channels are colours; its detail says what mends it. Source: ours."""
+    wanted, made = (PRESETS[kind].color if kind else ""), chain.color
+    if not {wanted, made} <= {"RGB", "BGR"}:
+        return []
+    mend = "remove convertColor" if wanted == "BGR" else 'put {"convertColor": {"form": "BGR2RGB"}} first'
+    return [("colours fit the model", made == wanted, made if made == wanted else f"{kind} takes {wanted} and is fed {made}; {mend}")]
 
 # %% ../../nbs/npu/32_verify.ipynb #cell-19
 def verify(
@@ -180,7 +190,7 @@ def verify(
             pictures.append(_save_picture(samples[-1], chain.color, Path(output_dir) / f"sample_{number:02d}_{path.stem}.png"))
     table = pd.DataFrame(rows)
     table = table[[c for c in table if not c.endswith("problem")] + ["range_problem", "model_problem", "problem"]]
-    checks = _checks(findings, table, session is not None)
+    checks = _checks(findings, table, session is not None, _color_check(chain, kind))
     if output_dir is not None:
         for name, frame in (("samples.csv", table), ("findings.csv", findings_table(findings)), ("checks.csv", checks)):
             with atomic_file(Path(output_dir) / name) as f:
