@@ -1,9 +1,16 @@
 """Fixtures that the whole suite shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure():
+    """A background job of a shell starts with Ctrl-C ignored, and its children inherit that; the tests of interruption need it back."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
