@@ -208,5 +208,5 @@ def test_latency_is_measured_in_turns():
         def run(self, names, feed):
             calls.append(self.name)
 
-    table = latency({"a": Session("a"), "b": Session("b")}, np.zeros(1), runs=4, warmup=2)
-    assert calls == ["a", "b"] * 6 and list(table.index) == ["a", "b"]
+    table = latency({"a": Session("a"), "b": Session("b")}, np.zeros(1), runs=12, warmup=2)
+    assert calls == ["a"] * 12 + ["b"] * 12 + ["a"] * 4 + ["b"] * 4 and list(table.index) == ["a", "b"]

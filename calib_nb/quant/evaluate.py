@@ -160,17 +160,21 @@ def mcnemar(right_reference: Sequence[bool], right: Sequence[bool]) -> tuple[int
     return lost, gained, float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-31
-def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, warmup: int = 5) -> pd.DataFrame:
-    """Milliseconds per run on input `x`, one row per model: latency_ms (median) and latency_iqr_ms, measured in turns. Source: ours."""
-    feeds = {name: {session.get_inputs()[0].name: x} for name, session in sessions.items()}
-    times = np.empty((runs, len(sessions)))
-    for k in range(-warmup, runs):
-        for column, (name, session) in enumerate(sessions.items()):
-            start = time.perf_counter()
-            session.run(None, feeds[name])
-            if k >= 0:
-                times[k, column] = 1000 * (time.perf_counter() - start)
-    low, median, high = np.percentile(times, [25, 50, 75], axis=0)
+_BLOCK, _REST_S = 10, 0.03  # runs of a block; longer than ONNX Runtime's threads spin
+
+
+def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, warmup: int = 4) -> pd.DataFrame:
+    """Milliseconds per run on input `x`, one row per model: latency_ms (median) and latency_iqr_ms, measured in turns of ten runs, each behind `warmup` ones that do not count. Source: ours."""
+    feeds, times = {name: {session.get_inputs()[0].name: x} for name, session in sessions.items()}, {name: [] for name in sessions}
+    for first in range(0, runs, _BLOCK):
+        for name, session in sessions.items():
+            time.sleep(_REST_S)
+            for k in range(-warmup, min(_BLOCK, runs - first)):
+                start = time.perf_counter()
+                session.run(None, feeds[name])
+                if k >= 0:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    low, median, high = np.percentile(list(times.values()), [25, 50, 75], axis=1)
     return pd.DataFrame({"latency_ms": median, "latency_iqr_ms": high - low}, index=pd.Index(sessions, name="model"))
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-34
