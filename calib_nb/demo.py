@@ -49,8 +49,8 @@ def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> It
     from calib_nb.data.dataset import prepare
     from calib_nb.npu.config import config_images, config_preprocess, generate, save_config
     from calib_nb.npu.verify import verify
+    from calib_nb.quant.auto import quantize_by
     from calib_nb.quant.evaluate import compare
-    from calib_nb.quant.quantize import quantize
     from calib_nb.report import run_report
     from calib_nb.tags.compact import TaggingTask
 
@@ -74,9 +74,10 @@ def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> It
     yield DemoStep("verify", command, f"{int(checked.checks.passed.sum())} of {len(checked.checks)} checks passed on {len(checked.table)} photos", folder / "verify")
 
     chain = config_preprocess(settings)
-    int8 = quantize(model, config_images(settings), chain, folder / "tagger_int8.onnx", progress=progress)
-    command = f"calib-nb quantize --model {_shown(model)} --config {_shown(config)} --output {_shown(int8.path)}"
-    yield DemoStep("quantize", command, f"{int8.float_size_mb:.3f} MB to {int8.size_mb:.3f} MB, ranges from {int8.images} photos ({int8.method}, {int8.profile})", int8.path)
+    recipe = quantize_by("auto", model, config_images(settings), chain, folder / "tagger_int8.onnx", progress=progress)
+    int8 = recipe.model
+    command = f"calib-nb quantize --model {_shown(model)} --config {_shown(config)} --output {_shown(int8.path)} --method auto"
+    yield DemoStep("quantize", command, f"{int8.float_size_mb:.3f} MB to {int8.size_mb:.3f} MB, noise of the outputs {recipe.trail.sqnr_db[0]:.1f} dB below the signal with plain minmax, {recipe.trail.sqnr_db[recipe.trail.kept].iloc[-1]:.1f} dB with what helped", int8.path)
 
     compared = compare(model, {int8.path.stem: int8.path}, TaggingTask(val, chain), budget=0.01, progress=progress)
     with atomic_file(folder / "compare.csv") as f:

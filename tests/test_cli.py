@@ -159,7 +159,7 @@ def test_the_whole_job_step_by_step(demo, tmp_path):
     done = calib_nb("compare", *models, "--images", demo / "val/images", "--num-samples", 20, "--budget", 0, cwd=tmp_path)
     assert done.returncode == 1 and "over the budget" in done.stderr
     again = calib_nb("quantize", "--model", "int8.onnx", "--config", "demo.json", "--output", "twice.onnx", cwd=tmp_path)
-    assert again.returncode == 2 and "quantized already" in again.stderr and not (tmp_path / "twice.onnx").exists()
+    assert again.returncode == 2 and "already quantized" in again.stderr and not (tmp_path / "twice.onnx").exists()
 
 
 def test_the_scores_of_compare_are_onnx_runtimes(demo, tmp_path):

@@ -16,7 +16,8 @@ from calib_nb.core.errors import ImageError, InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.npu.contract import fix_batch, open_session, read_contract
 from calib_nb.quant.profile import PROFILES, Profile, profile
-from calib_nb.quant.quantize import METHODS, ImageFeed, images_digest, quantize, read_history
+from calib_nb.quant.quantize import images_digest, quantize, read_history
+from calib_nb.quant.ranges import METHODS
 
 
 def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0, inputs=1):
@@ -62,7 +63,8 @@ def test_every_profile_and_method_comes_close_to_float(tmp_path, pictures, targe
     assert read_contract(result.path).quantized and result.images == 12
     onnx.checker.check_model(str(result.path), full_check=True)
     wanted, got = run(model, pictures[0]), run(result.path, pictures[0])
-    assert np.abs(wanted - got).max() < 0.05 * np.abs(wanted).max()
+    share = 0.1 if method in ("ema", "iqr") else 0.05  # these two leave the extremes of some photos out on purpose
+    assert np.abs(wanted - got).max() < share * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("target", PROFILES)
@@ -76,7 +78,8 @@ def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
     weight_scale, weight_zero, weight_values = (values[weight.input[k]] for k in (1, 2, 0))
     assert weight_scale.size == (8 if facts.weight_per_channel else 1) and weight_values.dtype == np.int8
     assert not facts.weight_symmetric or not weight_zero.any()
-    assert facts.weight_levels[0] <= weight_values.min() and weight_values.max() == facts.weight_levels[1]
+    assert facts.weight_levels[0] <= weight_values.min() and weight_values.max() <= facts.weight_levels[1]
+    assert np.abs(weight_values.astype(int)).max() >= 64, "at most one bit is given away, to sums that must not saturate"
     assert values[activation.input[2]].dtype == (np.int8 if facts.activation_signed else np.uint8) and values[activation.input[1]].size == 1
 
 
@@ -131,23 +134,22 @@ def refuse(match, error, *arguments, **options):
 def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
     out = tmp_path / "out.onnx"
     int8 = quantize(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path
-    refuse("quantized already", ModelError, int8, pictures, scale, out)
+    refuse("already quantized", ModelError, int8, pictures, scale, out)
     refuse("fix-batch", ModelError, network(tmp_path / "open.onnx", shape=("n", 3, 16, 16)), pictures, scale, out)
     refuse("has 2 inputs", ModelError, network(tmp_path / "two.onnx", inputs=2), pictures, scale, out)
     refuse("no such model", ModelError, tmp_path / "none.onnx", pictures, scale, out)
-    refuse("NaN or infinity", ModelError, network(tmp_path / "nan.onnx", bias=np.nan), pictures, scale, out)
+    refuse("NaN|infinity", ModelError, network(tmp_path / "nan.onnx", bias=np.nan), pictures, scale, out)
     (tmp_path / "text.onnx").write_text("hello")
     refuse("text.onnx", ModelError, tmp_path / "text.onnx", pictures, scale, out)
     onnx.save(onnx.load(model), tmp_path / "external.onnx", save_as_external_data=True, size_threshold=0)
-    refuse("external data", ModelError, tmp_path / "external.onnx", pictures, scale, out)
+    assert quantize(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share == 1
     relu = helper.make_graph([helper.make_node("Exp", ["input"], ["output"])], "g", *([helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 16])] for n in ("input", "output")))
     onnx.save(helper.make_model(relu, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "exp.onnx")
-    refuse("no operator of this model can be quantized", ModelError, tmp_path / "exp.onnx", pictures, scale, out)
+    refuse("no operator of exp.onnx can be quantized", ModelError, tmp_path / "exp.onnx", pictures, scale, out)
 
 
 def test_other_bad_input_is_refused(tmp_path, model, pictures):
     out = tmp_path / "out.onnx"
-    refuse("'ema' is not offered yet; expected one of minmax, kl, percentile", InputError, model, pictures, scale, out, method="ema")
     refuse("did you mean 'minmax'", InputError, model, pictures, scale, out, method="min_max")
     refuse("did you mean 'ort-cpu'", InputError, model, pictures, scale, out, profile="ort_cpu")
     refuse("no calibration images", InputError, model, [], scale, out)
@@ -164,12 +166,6 @@ def test_nothing_is_printed_and_logging_is_left_alone(tmp_path, model, pictures,
     before = (list(root.handlers), list(root.filters), root.level)
     quantize(model, pictures, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
     assert capfd.readouterr() == ("", "") and (list(root.handlers), list(root.filters), root.level) == before
-
-
-def test_the_feed_ends_with_its_range(pictures):
-    feed = ImageFeed(pictures, scale, "input", (1, 3, 16, 16), progress=False)
-    feed.set_range(10, 12)
-    assert [feed.get_next() is None for _ in range(3)] == [False, False, True]
 
 
 def test_a_kill_leaves_no_half_file(tmp_path, model, pictures):

@@ -90,7 +90,7 @@ def test_a_failing_report_keeps_the_older_run_and_the_failed_notebook(tmp_path):
 def test_edgeface_on_lfw(real_data, tmp_path):
     """The situation that this product is for: float near 99.4 %, and calibration photos that are not scored."""
     done = run_report("edgeface", {"model": str(real_data / "models/edgeface_xxs_q_dequant.onnx"), "images": str(real_data / "lfw/images"), "pairs": str(real_data / "lfw/pairsDevTest.txt")}, root=tmp_path)
-    assert 0.99 < done.metrics["accuracy"][0] <= 1 and done.metrics["size_mb"][1] < 0.4 * done.metrics["size_mb"][0]
+    assert 0.99 < done.metrics["accuracy"][0] <= 1 and done.metrics["accuracy"][1] > 0.985 and done.metrics["size_mb"][1] < 0.4 * done.metrics["size_mb"][0]
     scored, calibrated = ({line.split("/")[-1] for line in (done.folder / f"{part}_images.txt").read_text().split()} for part in ("scored", "calibration"))
     assert scored and calibrated and not scored & calibrated
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, ModelError
 from ..core.run import sha256_file
 from ..npu.contract import open_session
-from .quantize import network_input
+from .observe import network_input
 
 _SQNR_CAP_DB = 120.0  # about what float32 itself can hold
 

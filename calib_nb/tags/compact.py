@@ -28,7 +28,7 @@ from ..core.run import cache_root
 from ..data.demo_tags import load_tagged, tagged_splits
 from ..data.preprocess import Preprocess, preset
 from ..npu.contract import open_session
-from ..quant.quantize import network_input
+from ..quant.observe import network_input
 
 _FORMAT = 1  # of the demo model: raise it whenever what is drawn or trained changes
 

@@ -1,0 +1,432 @@
+"""Observing: the kernels against numpy, one pass against all activations kept, any order and division, files, kills, real models."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+
+from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.run import sha256_file
+from calib_nb.npu.contract import fix_batch
+from calib_nb.quant import kernels
+from calib_nb.quant.graph import activations
+from calib_nb.quant.nodes import load_graph, run
+from calib_nb.quant.observe import LANES, labelled, network_input, observe
+from calib_nb.quant.stats import QUANTILES, ActivationStats, Collector, collect, read_stats
+
+floats = st.floats(-(2.0**100), 2.0**100, width=32)
+arrays = hnp.arrays(np.float32, st.integers(1, 300), elements=floats)
+plain = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-60))
+VALUES = 4 + len(QUANTILES)
+
+
+def measured(x, capacity=64):
+    """What `measure` finds on one tensor: (bad, values, counts of the used bins, exponent, first)."""
+    values, counts, k, first = np.empty((1, VALUES), np.float32), np.full((1, capacity), 77, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    bad = kernels.measure(x, np.array([0]), np.array([x.size]), np.array(QUANTILES), values, counts, k, first)
+    used = math.floor(math.ldexp(float(values[0, 1]), -int(k[0]))) - int(first[0]) + 1 if bad < 0 else 0
+    return bad, values[0], counts[0, :used], int(k[0]), int(first[0])
+
+
+@given(floats, floats, st.integers(16, 5000))
+@example(0.0, 0.0, 4096)
+@example(3.0, 3.0, 4096)
+@example(-1e-45, 0.0, 16)
+@example(-3e38, 3e38, 16)
+@settings(deadline=None)
+def test_grid_is_the_finest_that_fits(a, b, capacity):
+    low, high = min(a, b), max(a, b)
+    k, first = kernels.grid(low, high, capacity)
+
+    def bins(k):
+        return math.floor(math.ldexp(high, -k)) - math.floor(math.ldexp(low, -k)) + 1
+
+    assert bins(k) <= capacity and first == math.floor(math.ldexp(low, -k))
+    finest = max(kernels.FINEST, math.frexp(max(abs(low), abs(high)))[1] - 21 if low or high else kernels.FINEST)
+    assert k == finest or bins(k - 1) > capacity
+    wider = kernels.grid(low * 2, high * 2 + 1e-3, capacity)[0]
+    assert wider >= k or low > 0, "a range that holds another one never gets finer bins"
+
+
+@given(arrays)
+@example(np.zeros(5, np.float32))
+@example(np.full(7, 3.14159, np.float32))
+@example(np.array([1, np.nextafter(np.float32(1), np.float32(2))], np.float32))
+@example(np.array([-0.0, 0.0], np.float32))
+@example(np.array([1e-44, -1e-44, 1e-38], np.float32))
+@settings(deadline=None)
+def test_measuring_is_what_numpy_says(x):
+    bad, values, counts, k, first = measured(x)
+    assert bad == -1 and values[0] == x.min() and values[1] == x.max()
+    assert not np.signbit(values[:2][values[:2] == 0]).any()
+    wide = x.astype(np.float64)
+    scaled = np.abs(np.ldexp(wide, -k))
+    assert np.allclose(values[2:4], [wide.mean(), wide.std()], rtol=1e-5, atol=1e-6 * np.abs(wide).max() + 1e-37)
+    numbers = np.floor(np.ldexp(wide, -k)).astype(np.int64) - first
+    assert counts.sum() == x.size
+    if not ((scaled > 0) & (scaled < 2.0**-126)).any():  # else float32 cannot scale it, and it may be counted on the other side of zero
+        assert np.array_equal(counts, np.bincount(numbers, minlength=len(counts)))
+    for p, q in zip(QUANTILES, values[4:]):
+        slack = 2.0**k * 1.0001 + 1e-6 * abs(q) + 1e-36
+        assert x.min() <= q <= x.max()
+        assert (wide < q - slack).sum() <= p * x.size + 1e-9 and (wide <= q + slack).sum() >= p * x.size - 1e-9
+    assert (np.diff(values[4:]) >= 0).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, -np.inf, np.frombuffer(b"\x01\x00\x80\x7f", np.float32)[0]])
+@pytest.mark.parametrize("place", [0, 1, 511, 512, 999])
+def test_nan_and_infinity_are_found_anywhere(wrong, place):
+    x = np.ones(1000, np.float32)
+    x[place] = wrong
+    assert measured(x)[0] == 0
+
+
+@given(st.lists(plain, min_size=1, max_size=6), st.randoms(use_true_random=False), st.integers(16, 80))
+@settings(deadline=None, max_examples=60)
+def test_any_order_and_any_division_give_the_same_histogram(pieces, random, capacity):
+    labels = [f"p{i}" for i in range(len(pieces))]
+    photos = [(label, {"x": piece}) for label, piece in zip(labels, pieces)]
+    whole = collect(photos, bins=capacity)
+    shuffled = random.sample(photos, len(photos))
+    cut = random.randint(1, len(photos))
+    parts = [collect(part, bins=capacity) for part in (shuffled[:cut], shuffled[cut:]) if part]
+    assert collect(shuffled, bins=capacity) == whole
+    assert parts[0] == whole if len(parts) == 1 else parts[0] + parts[1] == whole == parts[1] + parts[0]
+    counts, edges = whole.histogram("x")
+    every = np.concatenate(pieces).astype(np.float64)
+    assert counts.sum() == every.size and edges[0] <= every.min() and every.max() < edges[-1]
+    numbers = np.floor(every / (edges[1] - edges[0])).astype(np.int64)
+    assert np.array_equal(counts, np.bincount(numbers - numbers.min()))
+
+
+def test_bins_fold_as_the_range_grows_without_losing_a_count():
+    rng = np.random.default_rng(0)
+    photos = [(f"p{i:02}", {"x": (rng.normal(0, 1, 1000) * 2.0**i).astype(np.float32)}) for i in range(30)]
+    stats = collect(photos)
+    counts, edges = stats.histogram("x")
+    assert counts.sum() == 30_000 and 2048 <= len(counts) <= 4096
+    assert np.array_equal(counts, np.histogram(np.concatenate([a["x"] for _, a in photos]).astype(float), edges)[0])
+
+
+def network(path, *, batch=1, dynamic=False):
+    """Conv, ReLU, Conv, Sigmoid, Mul, pooling, Reshape, Gemm, and a Shape beside; input 1x3x16x16."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": rng.normal(0, 0.3, (8, 3, 3, 3)), "w2": rng.normal(0, 0.2, (8, 8, 3, 3)), "w3": rng.normal(0, 0.3, (8, 5))}
+    nodes = [helper.make_node("Conv", ["input", "w1"], ["c1"], pads=[1] * 4), helper.make_node("Relu", ["c1"], ["r1"]), helper.make_node("Conv", ["r1", "w2"], ["c2"]), helper.make_node("Sigmoid", ["c2"], ["s"]),
+             helper.make_node("Mul", ["c2", "s"], ["m"]), helper.make_node("GlobalAveragePool", ["m"], ["p"]), helper.make_node("Reshape", ["p", "to"], ["f"]), helper.make_node("Gemm", ["f", "w3"], ["output"])]  # fmt: skip
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("input", ["N" if dynamic else batch, 3, 16, 16]), ("output", [batch, 5]))]
+    constants = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()] + [numpy_helper.from_array(np.array([1, 8]), "to")]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def scale(bgr):
+    return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return network(tmp_path_factory.mktemp("model") / "float.onnx")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(np.random.default_rng(1).integers(0, 256, (13, 16, 16, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def oracle(model, pictures):
+    """Every activation of every picture, by label: what `observe` must agree with, and may not keep."""
+    graph = load_graph(model)
+    names = activations(graph)
+    return {label: {"input": scale(p)} | run(graph, scale(p), names[1:], threads=1) for label, p in labelled(pictures)}
+
+
+@pytest.fixture(scope="module")
+def stats(model, pictures):
+    return observe(model, pictures, scale, progress=False)
+
+
+def test_one_pass_agrees_with_all_activations_kept(stats, oracle):
+    assert stats.tensors == ("input", "r1", "c2", "s", "m", "p", "output") and list(stats.images) == sorted(oracle)
+    for t, name in enumerate(stats.tensors):
+        kept = np.array([oracle[label][name].ravel() for label in stats.images])
+        assert np.array_equal(stats.min[t], kept.min(1)) and np.array_equal(stats.max[t], kept.max(1))
+        assert np.allclose(stats.mean[t], kept.mean(1, dtype=float), rtol=1e-5, atol=1e-6) and np.allclose(stats.std[t], kept.std(1, dtype=float), rtol=1e-4, atol=1e-6)
+        counts, edges = stats.histogram(name)
+        assert np.array_equal(counts, np.histogram(kept.astype(float), edges)[0])
+        width = edges[1] - edges[0]
+        for p in (0.01, 0.5, 0.99):
+            assert np.abs(stats.quantile(p)[t] - np.quantile(kept, p, axis=1, method="inverted_cdf")).max() <= max(width, np.ptp(kept) / 30)
+    assert stats == collect((label, oracle[label]) for label in oracle) or stats.model_sha256, "the same object from arrays in memory"
+    assert np.array_equal(collect((label, oracle[label]) for label in oracle).counts, stats.counts)
+
+
+def test_order_threads_and_division_change_nothing(model, pictures, stats):
+    for seed, threads in itertools.product(range(3), (1, 2, 3, LANES + 4)):
+        order = np.random.default_rng(seed).permutation(len(pictures))
+        assert observe(model, [pictures[i] for i in order], scale, threads=threads, progress=False) == stats
+    for parts in ((pictures[:1], pictures[1:]), (pictures[9:], pictures[:4], pictures[4:9]), [[p] for p in pictures]):
+        shards = [observe(model, part, scale, progress=False) for part in parts]
+        merged = shards[0]
+        for shard in shards[1:]:
+            merged = shard + merged
+        assert merged == stats
+    assert observe(model, (p for p in pictures), scale, progress=False) == stats
+    assert observe(load_graph(model), pictures, scale, progress=False).counts.sum() == stats.counts.sum()
+
+
+def test_fewer_tensors_and_channels(model, pictures, oracle, stats):
+    few = observe(model, pictures, scale, tensors=["c1", "m"], per_channel={"c1": 1, "m": -1}, progress=False)
+    assert few.tensors == ("c1", "m") and np.array_equal(few.max[1], stats.max[stats.index("m")])
+    kept = np.concatenate([oracle[label]["m"] for label in stats.images])
+    low, high, total, squares = few.channels["m"].T
+    assert np.array_equal(low, kept.min((0, 1, 2))) and np.array_equal(high, kept.max((0, 1, 2)))
+    assert np.allclose(total, kept.sum((0, 1, 2), dtype=float), rtol=1e-9) and np.allclose(squares, np.square(kept, dtype=float).sum((0, 1, 2)), rtol=1e-9)
+    halves = [observe(model, part, scale, tensors=["c1", "m"], per_channel={"c1": 1, "m": -1}, progress=False) for part in (pictures[:5], pictures[5:])]
+    merged = halves[0] + halves[1]
+    assert np.array_equal(merged.channels["m"][:, :2], few.channels["m"][:, :2]) and np.allclose(merged.channels["m"], few.channels["m"], rtol=1e-12)
+
+
+def test_the_model_file_is_only_read_and_one_picture_is_enough(model, pictures):
+    before = sha256_file(model)
+    one = observe(model, pictures[:1], scale, bins=16, progress=False)
+    assert one.images == (next(labelled(pictures))[0],) and one.counts.shape[1] == 32 and sha256_file(model) == before
+
+
+def nan_at(n):
+    seen = itertools.count()
+    return lambda bgr: np.full((1, 3, 16, 16), 3e38 if next(seen) == n else 0, np.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_infinity_names_tensor_and_image(model, pictures, threads):
+    with pytest.raises(ModelError, match=r"tensor 'r1' holds NaN or infinity on array-[0-9a-f]{16}"):
+        observe(model, pictures, nan_at(7), threads=threads, progress=False)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"images": []}, "no calibration images"), ({"images": iter([])}, "no calibration images"), ({"tensors": []}, "0 tensors"), ({"tensors": ["r1", "r1"]}, "no tensor twice"),
+    ({"tensors": ["c3"]}, "the model has no tensor 'c3'"), ({"per_channel": ["c1"]}, "'c1' is not among those observed"), ({"threads": 0}, "0 threads"), ({"bins": 2}, "at least 16 bins"), ({"save_every": 0}, "saving every 0"),
+    ({"model": "none.onnx"}, "no such model"), ({"images": ["none.jpg"]}, "none.jpg"), ({"preprocess": lambda bgr: scale(bgr)[:, :, :8]}, r"gives float32 \[1, 3, 8, 16\]"), ({"preprocess": lambda bgr: scale(bgr) * np.nan}, "gives float32|gives NaN"),
+])  # fmt: skip
+def test_what_cannot_be_observed_is_refused_in_one_line(model, pictures, change, match):
+    with pytest.raises(InputError, match=match) as refused:
+        observe(**{"model": model, "images": pictures, "preprocess": scale, "progress": False} | change)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_open_batch_is_refused_with_what_to_do(tmp_path, pictures):
+    with pytest.raises(ModelError, match="fix-batch"):
+        observe(network(tmp_path / "open.onnx", dynamic=True), pictures, scale, progress=False)
+
+
+def test_labels_name_content():
+    a, b = np.zeros((2, 2, 3), np.uint8), np.ones((2, 2, 3), np.uint8)
+    names = [label for label, _ in labelled([a, b, a.copy(), "x/y.jpg", "x/y.jpg"])]
+    assert names[0] != names[1] and names[2] == names[0] + "#2" and names[3:] == ["x/y.jpg", "x/y.jpg#2"]
+    with pytest.raises(InputError, match="an image array: preprocessing gives float64"):
+        network_input(a, lambda bgr: bgr.astype(float))
+
+
+# files
+
+
+def test_file_round_trip_and_equal_bytes(tmp_path, stats):
+    first, second = stats.save(tmp_path / "a.npz"), ActivationStats.load(stats.save(tmp_path / "b.npz"))
+    assert second == stats and first.read_bytes() == second.save(tmp_path / "c.npz").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+    with np.load(first, allow_pickle=False) as plain:
+        assert plain["tensors"].tolist() == list(stats.tensors)
+
+
+def test_merging_what_does_not_belong_together_is_refused(model, pictures, stats, tmp_path):
+    other = observe(model, pictures[:2], scale, bins=32, progress=False)
+    assert stats != other and stats != 3
+    for a, match in ((other, "do not fit together"), (stats, "13 photos are in both"), (stats.select(["r1"]), "do not fit together")):
+        with pytest.raises(InputError, match=match):
+            stats + a
+
+
+@pytest.fixture(scope="module")
+def content(stats, tmp_path_factory):
+    return stats.select(["r1", "p"]).save(tmp_path_factory.mktemp("content") / "s.npz").read_bytes()
+
+
+def damaged(tmp_path, content):
+    path = tmp_path / "damaged.npz"
+    path.write_bytes(content)
+    try:
+        return read_stats(path)
+    except InputError as e:
+        assert "\n" not in str(e)
+        return None
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path, content):
+    for end in range(0, len(content), max(1, len(content) // 120)):
+        assert damaged(tmp_path, content[:end]) is None
+
+
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path, content, stats):
+    whole = stats.select(["r1", "p"])
+    rng = np.random.default_rng(0)
+    places = [*range(120), *rng.integers(0, len(content), 150), *range(len(content) - 700, len(content), 5)]
+    for place in places:
+        found = damaged(tmp_path, content[:place] + bytes([content[place] ^ (1 << rng.integers(8))]) + content[place + 1 :])
+        assert found is None or np.array_equal(found.counts, whole.counts)
+
+
+def test_foreign_and_hostile_files_are_refused(tmp_path, stats):
+    arrays = stats._arrays()
+    changes = {"other format": {"header": np.array("{}")}, "version 2": {"header": np.array(str(arrays["header"]).replace('"version": 1', '"version": 2'))}, "no json": {"header": np.array("x")},
+               "fewer": {"values": arrays["values"][:3]}, "nan": {"values": arrays["values"] * np.nan}, "negative": {"counts": -arrays["counts"]}, "types": {"counts": arrays["counts"].astype(float)},
+               "pickle": {"images": np.array([{}], object)}, "twice": {"images": np.repeat(arrays["images"][:1], 13)}, "list": {"header": np.array("[1]")}}  # fmt: skip
+    for name, change in changes.items():
+        np.savez(tmp_path / "x.npz", **arrays | change)
+        with pytest.raises(InputError, match="holds no activation statistics"):
+            read_stats(tmp_path / "x.npz")
+        assert name
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("header.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(128) + b"\n")
+    for wrong in (tmp_path / "x.npy", tmp_path / "bomb.npz", tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError):
+            read_stats(wrong)
+
+
+# stopping
+
+
+WORKER = """
+import sys, time
+import numpy as np
+from calib_nb.quant.observe import observe
+model, journal, calls = sys.argv[1:]
+pictures = list(np.random.default_rng(5).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+def slow(bgr):
+    with open(calls, "a") as f:
+        f.write("x")
+    time.sleep(0.02)
+    return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+stats = observe(model, pictures, slow, journal=journal, save_every=5, progress=False)
+stats.save(journal + ".done")
+print(len(stats.images))
+"""
+
+
+def start(model, tmp_path):
+    arguments = [sys.executable, "-c", WORKER, str(model), str(tmp_path / "journal.npz"), str(tmp_path / "calls")]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_pass_goes_on_where_it_was(model, tmp_path, how):
+    process, calls = start(model, tmp_path), tmp_path / "calls"
+    until = time.monotonic() + 60
+    while (not calls.exists() or calls.stat().st_size < 30) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    kept = len(read_stats(tmp_path / "journal.npz").images)
+    assert 20 <= kept < 60
+    calls.unlink()
+    again = start(model, tmp_path)
+    out, err = again.communicate(timeout=60)
+    assert (out, err, again.returncode) == ("60\n", "", 0)
+    assert calls.stat().st_size == 60 - kept + 1, "the rest, and one to see that nothing has changed"
+    pictures = list(np.random.default_rng(5).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+    assert read_stats(tmp_path / "journal.npz.done") == read_stats(tmp_path / "journal.npz") == observe(model, pictures, scale, progress=False)
+
+
+def test_a_journal_of_something_else_is_left_alone(model, pictures, stats, tmp_path):
+    journal = observe(model, pictures[:4], scale, progress=False).save(tmp_path / "j.npz")
+    before = journal.read_bytes()
+    for change, match in (({"tensors": ["r1"]}, "another model, of other tensors"), ({"images": pictures[2:]}, "of other tensors or photos"), ({"preprocess": lambda b: scale(b) * 0.9}, "another preprocessing"), ({"bins": 64}, "another model")):
+        with pytest.raises(InputError, match=match):
+            observe(**{"model": model, "images": pictures, "preprocess": scale, "journal": journal, "progress": False} | change)
+        assert journal.read_bytes() == before
+    journal.write_bytes(before[:1000])
+    with pytest.raises(InputError, match="holds no activation statistics"):
+        observe(model, pictures, scale, journal=journal, progress=False)
+    journal.write_bytes(before)
+    assert observe(model, pictures, scale, journal=journal, progress=False) == stats == read_stats(journal)
+
+
+def test_an_error_in_the_middle_keeps_what_was_done(model, pictures, tmp_path):
+    with pytest.raises(ModelError):
+        observe(model, pictures, nan_at(10), journal=tmp_path / "j.npz", threads=1, progress=False)
+    assert len(read_stats(tmp_path / "j.npz").images) == 10
+
+
+def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path):
+    code = """
+import numba.core.caching as caching
+for locator in [c for name, c in vars(caching).items() if name.endswith("CacheLocator")]:
+    locator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError("read-only file system"))
+import numpy as np
+from calib_nb.quant.kernels import extremes
+print(extremes(np.array([1, 2], np.float32)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("(1.0, 2.0, 3.0, 5.0)"), done.stderr[-500:]
+
+
+def test_importing_stays_quick():
+    code = "import sys; import calib_nb.quant.observe, calib_nb.quant.ranges, calib_nb.quant.enough; print(sorted({'numba', 'onnx', 'onnxruntime', 'scipy', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_memory_does_not_grow_with_the_photos():
+    few, many = (Collector(["a"] * 1, images=n) for n in (10, 1000))
+    assert many.values.nbytes - few.values.nbytes == 990 * VALUES * 4, "some floats per tensor and photo"
+    assert few.counts.nbytes == many.counts.nbytes
+
+
+MEMORY = """
+import sys
+import numpy as np
+from calib_nb.quant.observe import observe
+model, n = sys.argv[1], int(sys.argv[2])
+noise = np.random.default_rng(0).normal(0, 1, (16, 1, 3, 112, 112)).astype(np.float32)
+images = [np.array([[[i % 256, i // 256, 0]]], np.uint8) for i in range(n)]
+observe(model, images, lambda bgr: noise[int(bgr[0, 0, 0]) % 16], progress=False)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_at_1000_images_is_that_at_100(real_data, tmp_path):
+    model = fix_batch(real_data / "models" / "edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
+    peaks = {n: min(int(subprocess.run([sys.executable, "-c", MEMORY, str(model), str(n)], capture_output=True, text=True, check=True).stdout) for _ in range(2)) for n in (100, 1000)}
+    assert peaks[1000] <= 1.05 * peaks[100]
+
+
+@pytest.mark.parametrize("name", ["face_detection_yunet_2023mar.onnx", "edgeface_xxs_q_dequant.onnx"])
+def test_real_models(real_data, tmp_path, name):
+    model = fix_batch(real_data / "models" / name, tmp_path / name)
+    graph = load_graph(model)
+    shape = graph.shape(graph.inputs[0])
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, *shape[2:], 3), dtype=np.uint8))
+
+    def prepare(bgr):
+        return bgr.astype(np.float32).transpose(2, 0, 1)[None] / (255 if "edgeface" in name else 1)
+
+    stats = observe(model, pictures, prepare, progress=False)
+    kept = [run(graph, prepare(p), stats.tensors[1:], threads=1) for p in pictures]
+    for tensor in stats.tensors[1:]:
+        low, high = min(k[tensor].min() for k in kept), max(k[tensor].max() for k in kept)
+        assert np.allclose([stats.min[stats.index(tensor)].min(), stats.max[stats.index(tensor)].max()], [low, high], rtol=1e-5, atol=1e-6 * max(abs(low), abs(high)))
+        assert stats.histogram(tensor)[0].sum() == 3 * kept[0][tensor].size
