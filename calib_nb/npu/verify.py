@@ -20,7 +20,7 @@ from ..data.images import decode
 from ..data.preprocess import PRESETS, Preprocess, preset
 from .config import CompilerConfig, config_images, config_preprocess, load_config
 from .contract import open_session, read_contract
-from .validate import Finding, findings_table, range_name, recognise, validate
+from .validate import Finding, color_fix, findings_table, range_name, recognise, validate
 
 # %% ../../nbs/npu/32_verify.ipynb #cell-7
 def tensor_row(tensor: np.ndarray, color: str) -> dict:
@@ -143,8 +143,7 @@ def _color_check(chain: Preprocess, kind: str) -> list[tuple[str, bool, str]]:
     wanted, made = (PRESETS[kind].color if kind else ""), chain.color
     if not {wanted, made} <= {"RGB", "BGR"}:
         return []
-    mend = "remove convertColor" if wanted == "BGR" else 'put {"convertColor": {"form": "BGR2RGB"}} first'
-    return [("colours fit the model", made == wanted, made if made == wanted else f"{kind} takes {wanted} and is fed {made}; {mend}")]
+    return [("colours fit the model", made == wanted, made if made == wanted else f"{kind} takes {wanted} and is fed {made}; {color_fix(kind)}")]
 
 # %% ../../nbs/npu/32_verify.ipynb #cell-19
 def verify(

@@ -20,7 +20,7 @@ from ..core.run import sha256_file, versions
 from .flatten import rewrite
 from .graph import Graph, load_graph, simplify
 from .nodes import open_graph
-from .observe import observe
+from .observe import array_digest, observe
 from .profile import Profile
 from .profile import profile as find_profile
 from .ranges import METHODS, ranges
@@ -66,7 +66,7 @@ def images_digest(images: Sequence[str | Path | np.ndarray]) -> str:
     digest = hashlib.sha256()
     for image in images:
         if isinstance(image, np.ndarray):
-            digest.update(hashlib.sha256(f"{image.shape}{image.dtype}".encode() + np.ascontiguousarray(image).tobytes()).digest())
+            digest.update(array_digest(image))
         elif Path(image).is_file():
             digest.update(bytes.fromhex(sha256_file(image)))
         else:
