@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
 from .equalize import equalize
-from .graph import Graph, get_weight, layers, load_graph, set_weight, simplify
+from .graph import Graph, get_weight, layers, load_graph, set_weight
 from .observe import network_input, observe
 from .profile import Profile
-from .quantize import QuantizedModel, finish, quantize, start
+from .quantize import QuantizedModel, finish, plain_graph, quantize, start
 from .flatten import rewrite
 from .ranges import METHODS, ranges
 from .repair import bound_ranges, clip_ranges, correct_bias
@@ -76,7 +76,7 @@ class _Kitchen:
         shape = given.shape(given.inputs[0])
         self.inputs, self.tuning = ([network_input(image, preprocess, shape) for image in part[:_MOST]] for part in (calibration, tuning))
         self.reference, self.rows = outputs_of(given, self.tuning, threads=threads), []
-        self.simple = simplify(given, scales=target.weight_per_channel)
+        self.simple = plain_graph(given, target)
 
     def plan(self, graph: Graph, like: Plan | None = None) -> Plan:
         """A plan for another graph, observed anew; everything else as in `like`."""
@@ -123,10 +123,8 @@ def _with_floats(kitchen: _Kitchen, plan: Plan) -> Plan:
     table = sensitivity(plan.graph, plan.ranges(), target, kitchen.inputs[:16], threads=kitchen.threads, progress=kitchen.progress)
     allowed = choose_floats(table, nodes=target.spare_nodes, macs=target.spare_macs, least=0.02 * kitchen.best)
     best = plan
-    for part in (0.25, 0.5, 0.75, 1.0):
-        count = round(part * len(allowed))
-        if count > len(best.floats):
-            best = kitchen.better(best, replace(plan, floats=tuple(allowed[:count])), "floats", f"the {count} noisiest of {len(table)} nodes in float")
+    for count in sorted({round(part * len(allowed)) for part in (0.25, 0.5, 0.75, 1.0)} - {0}):
+        best = kitchen.better(best, replace(plan, floats=tuple(allowed[:count])), "floats", f"the {count} noisiest of {len(table)} nodes in float")
     products = product_nodes(plan.graph, best.floats, target.spare_macs) if int8_operators(plan.graph, target) is not None else []
     if products:
         best = kitchen.better(best, replace(best, floats=(*best.floats, *products)), "floats", f"{len(products)} products of two activations in float too")
