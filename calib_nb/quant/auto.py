@@ -27,7 +27,7 @@ from .repair import bound_ranges, clip_ranges, correct_bias
 from .sensitivity import choose_floats, noise_ratio, outputs_of, product_nodes, sensitivity, smooth
 from .stats import ActivationStats
 from .weights import quantize_weights
-from .write import int8_operators, write_qdq
+from .write import write_qdq
 
 # %% ../../nbs/quant/49_auto.ipynb #cell-8
 def split_images(images: Sequence, *, share: float = 0.3, seed: int = 0) -> tuple[list, list]:
@@ -125,7 +125,7 @@ def _with_floats(kitchen: _Kitchen, plan: Plan) -> Plan:
     best = plan
     for count in sorted({round(part * len(allowed)) for part in (0.25, 0.5, 0.75, 1.0)} - {0}):
         best = kitchen.better(best, replace(plan, floats=tuple(allowed[:count])), "floats", f"the {count} noisiest of {len(table)} nodes in float")
-    products = product_nodes(plan.graph, best.floats, target.spare_macs) if int8_operators(plan.graph, target) is not None else []
+    products = product_nodes(plan.graph, best.floats, target.spare_macs) if target.float_between else []
     if products:
         best = kitchen.better(best, replace(best, floats=(*best.floats, *products)), "floats", f"{len(products)} products of two activations in float too")
     return best

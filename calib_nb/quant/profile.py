@@ -18,7 +18,8 @@ _BITS = range(2, 17)  # what a profile may describe; `quantize` checks what it c
 class Profile:
     """The integer arithmetic of a target: granularity, symmetry and bits of weights and activations, and the operators left in float.
 
-    Activations have one scale per tensor; weights too, unless `weight_per_channel`. `spare_nodes` and `spare_macs` are the shares (0..1) of the computing nodes, and of the multiply-accumulates, that a recipe may leave in float
+    Activations have one scale per tensor; weights too, unless `weight_per_channel`. `kernels` names the operators that the target computes in integers
+    (none named: all), and with `float_between` only the products of a network with attention, LayerNormalization or GELU are. `spare_nodes` and `spare_macs` are the shares (0..1) of the computing nodes, and of the multiply-accumulates, that a recipe may leave in float
     where they hurt. `about` says in a sentence where the facts are from. Source: ours.
     """
 
@@ -31,6 +32,8 @@ class Profile:
     activation_bits: int = 8
     float_operators: tuple[str, ...] = ()
     toolchain_repairs: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    float_between: bool = False
     spare_nodes: float = 1.0
     spare_macs: float = 0.01
     about: str = ""
@@ -66,6 +69,7 @@ PROFILES = {
                 about="An edge NPU with per-tensor INT8 only; a black-box compiler repairs the weights by itself."),
         Profile("ort-cpu", weight_per_channel=True, weight_symmetric=True, activation_signed=False, activation_symmetric=False,
                 float_operators=("ArgMax", "BatchNormalization", "CumSum", "InstanceNormalization", "LayerNormalization", "TopK"),
+                kernels=("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"), float_between=True,
                 about="ONNX Runtime on x86 and Arm CPUs, where uint8 activations with int8 weights are the fast pair."),
         Profile("xnnpack", weight_per_channel=True, weight_symmetric=True, activation_signed=True, activation_symmetric=False,
                 float_operators=("ArgMax", "BatchNormalization", "CumSum", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Sigmoid", "Softmax", "TopK", "Where"),

@@ -76,13 +76,12 @@ def computing(graph: Graph, ranges: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/quant/44_write.ipynb #cell-13
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_KERNELS = (*_LINEAR, "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
 
 
 def _float_between(graph: Graph, profile: Profile) -> bool:
-    """Whether only products are worth INT8: ONNX Runtime, and a network with attention, LayerNormalization or GELU."""
+    """Whether only products are worth INT8: a target that says so, and a network with attention, LayerNormalization or GELU."""
     products = any(n.op_type == "MatMul" and graph.constants.keys().isdisjoint(n.input) for n in graph.nodes)
-    return profile.name == "ort-cpu" and (products or any(n.op_type in ("LayerNormalization", "Gelu", "Erf") for n in graph.nodes))
+    return profile.float_between and (products or any(n.op_type in ("LayerNormalization", "Gelu", "Erf") for n in graph.nodes))
 
 
 def int8_operators(graph: Graph, profile: Profile) -> tuple[str, ...] | None:
@@ -90,9 +89,9 @@ def int8_operators(graph: Graph, profile: Profile) -> tuple[str, ...] | None:
 
     Source: ONNX Runtime's integer kernels, and measurements of which pay.
     """
-    if profile.name != "ort-cpu":
+    if not profile.kernels:
         return None
-    return tuple(op for op in (_LINEAR if _float_between(graph, profile) else _KERNELS) if op not in profile.float_operators)
+    return tuple(op for op in (_LINEAR if _float_between(graph, profile) else profile.kernels) if op not in profile.float_operators)
 
 # %% ../../nbs/quant/44_write.ipynb #cell-16
 _FLOAT_INPUTS = {"Conv": {2}, "ConvTranspose": {2}, "Gemm": {2}, "Div": {1}, "Pow": {1}, "LayerNormalization": {2}}
