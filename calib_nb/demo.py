@@ -6,6 +6,7 @@
 __all__ = ['DemoStep', 'demo_data', 'demo_steps']
 
 # %% ../nbs/91_demo.ipynb #cell-2
+import math
 import os
 import shlex
 import shutil
@@ -77,7 +78,7 @@ def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> It
     recipe = quantize_by("auto", model, config_images(settings), chain, folder / "tagger_int8.onnx", progress=progress)
     int8 = recipe.model
     command = f"calib-nb quantize --model {_shown(model)} --config {_shown(config)} --output {_shown(int8.path)} --method auto"
-    yield DemoStep("quantize", command, f"{int8.float_size_mb:.3f} MB to {int8.size_mb:.3f} MB, noise of the outputs {recipe.trail.sqnr_db[0]:.1f} dB below the signal with plain minmax, {recipe.trail.sqnr_db[recipe.trail.kept].iloc[-1]:.1f} dB with what helped", int8.path)
+    yield DemoStep("quantize", command, f"{int8.float_size_mb:.3f} MB to {int8.size_mb:.3f} MB, noise of the outputs {-10 * math.log10(recipe.trail.noise[0]):.1f} dB below the signal with plain minmax, {-10 * math.log10(recipe.trail.noise[recipe.trail.kept].iloc[-1]):.1f} dB with what helped", int8.path)
 
     compared = compare(model, {int8.path.stem: int8.path}, TaggingTask(val, chain), budget=0.01, progress=progress)
     with atomic_file(folder / "compare.csv") as f:

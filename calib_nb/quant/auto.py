@@ -24,7 +24,7 @@ from .quantize import QuantizedModel, finish, plain_graph, quantize, start
 from .flatten import rewrite
 from .ranges import METHODS, ranges
 from .repair import bound_ranges, clip_ranges, correct_bias
-from .sensitivity import choose_floats, noise_ratio, outputs_of, product_nodes, sensitivity, smooth
+from .sensitivity import Noise, choose_floats, noise_ratio, noise_shares, outputs_of, product_nodes, sensitivity, smooth
 from .stats import ActivationStats
 from .weights import quantize_weights
 from .write import write_qdq
@@ -39,7 +39,8 @@ def split_images(images: Sequence, *, share: float = 0.3, seed: int = 0) -> tupl
     return [x for k, x in enumerate(images) if k not in tuning], [x for k, x in enumerate(images) if k in tuning]
 
 # %% ../../nbs/quant/49_auto.ipynb #cell-11
-STEPS = ("equalize", "smooth", "bias", "floats", "methods", "clip")
+STEPS = ("equalize", "smooth", "bias", "round", "floats", "methods", "clip")
+RECIPES = {"auto": tuple(s for s in STEPS if s != "round"), "thorough": STEPS, "all": ("methods",)}  # rounding takes minutes
 _MOST = 32  # photos that are held in memory for what needs more than statistics
 
 
@@ -61,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The quantized `model`, and the `trail`: a row per step tried, with step, detail, noise and sqnr_db on the tuning photos, and whether it was kept. Source: ours."""
+    """The quantized `model`, and the `trail`: a row per step tried, with step, detail, noise on the tuning photos, gain_db (what it is lower than at the beginning), and whether it was kept. Source: ours."""
 
     model: QuantizedModel
     trail: pd.DataFrame
@@ -70,8 +71,8 @@ class Recipe:
 class _Kitchen:
     """What the steps share: photos, target, and the float answer that they are measured against."""
 
-    def __init__(self, model, calibration, tuning, preprocess, target: Profile, threads: int, progress: bool):
-        self.calibration, self.preprocess, self.target, self.threads, self.progress = calibration, preprocess, target, threads, progress
+    def __init__(self, model, calibration, tuning, preprocess, target: Profile, noise: Noise, threads: int, progress: bool):
+        self.calibration, self.preprocess, self.target, self.measure, self.threads, self.progress = calibration, preprocess, target, noise, threads, progress
         given = load_graph(model)
         shape = given.shape(given.inputs[0])
         self.inputs, self.tuning = ([network_input(image, preprocess, shape) for image in part[:_MOST]] for part in (calibration, tuning))
@@ -85,20 +86,20 @@ class _Kitchen:
 
     def noise(self, plan: Plan) -> float:
         """Noise of a plan's INT8 form on the tuning photos."""
-        return noise_ratio(self.reference, outputs_of(write_qdq(plan.graph, plan.ranges(), self.target, floats=plan.floats), self.tuning, threads=self.threads))
+        return noise_ratio(self.reference, outputs_of(write_qdq(plan.graph, plan.ranges(), self.target, floats=plan.floats), self.tuning, threads=self.threads), self.measure)
 
     def better(self, plan: Plan, other: Plan, step: str, detail: str) -> Plan:
         """The better one of two plans, noted on the trail; the old one stays when the new is not better."""
         noise = self.noise(other)
         kept = not self.rows or noise < self.best
-        self.rows.append((step, detail, noise, -10 * np.log10(max(noise, 1e-12)), kept))
+        self.rows.append((step, detail, noise, 10 * np.log10((self.rows[0][2] if self.rows else noise) / noise), kept))
         if kept:
             self.best = noise
         return other if kept else plan
 
 # %% ../../nbs/quant/49_auto.ipynb #cell-13
 def _equalized(kitchen: _Kitchen, plan: Plan) -> Plan:
-    even = rewrite(equalize(kitchen.simple, kitchen.inputs))
+    even = rewrite(equalize(kitchen.simple, kitchen.inputs, per_channel=kitchen.target.weight_per_channel))
     return kitchen.better(plan, kitchen.plan(even, plan), "equalize", "free channels made of equal size")
 
 
@@ -118,13 +119,23 @@ def _corrected(kitchen: _Kitchen, plan: Plan) -> Plan:
     return kitchen.better(plan, kitchen.plan(graph.infer(), plan), "bias", "means of every layer put right")
 
 
+def _rounded(kitchen: _Kitchen, plan: Plan) -> Plan:
+    from calib_nb.quant.adaround import adaround
+
+    learnt = adaround(plan.graph, kitchen.inputs, per_channel=kitchen.target.weight_per_channel, threads=kitchen.threads, progress=kitchen.progress)
+    return kitchen.better(plan, kitchen.plan(learnt, plan), "round", "weights rounded up or down as their outputs like it")
+
+
 def _with_floats(kitchen: _Kitchen, plan: Plan) -> Plan:
     target = kitchen.target
-    table = sensitivity(plan.graph, plan.ranges(), target, kitchen.inputs[:16], threads=kitchen.threads, progress=kitchen.progress)
-    allowed = choose_floats(table, nodes=target.spare_nodes, macs=target.spare_macs, least=0.02 * kitchen.best)
-    best = plan
-    for count in sorted({round(part * len(allowed)) for part in (0.25, 0.5, 0.75, 1.0)} - {0}):
-        best = kitchen.better(best, replace(plan, floats=tuple(allowed[:count])), "floats", f"the {count} noisiest of {len(table)} nodes in float")
+    table = sensitivity(plan.graph, plan.ranges(), target, kitchen.inputs[:16], noise=kitchen.measure, threads=kitchen.threads, progress=kitchen.progress)
+    best, tried = plan, set()
+    for dear in (False, True):
+        allowed = choose_floats(table, nodes=target.spare_nodes, macs=target.spare_macs, least=0.005, by_cost=dear)
+        for count in sorted({round(part * len(allowed)) for part in (0.25, 0.5, 0.75, 1.0)} - {0}):
+            if (chosen := frozenset(allowed[:count])) not in tried:
+                best = kitchen.better(best, replace(plan, floats=tuple(allowed[:count])), "floats", f"{count} of {len(table)} nodes in float, {'most noise for the cost' if dear else 'the noisiest'} first")
+                tried.add(chosen)
     products = product_nodes(plan.graph, best.floats, target.spare_macs) if target.float_between else []
     if products:
         best = kitchen.better(best, replace(best, floats=(*best.floats, *products)), "floats", f"{len(products)} products of two activations in float too")
@@ -143,7 +154,7 @@ def _clipped(kitchen: _Kitchen, plan: Plan) -> Plan:
     return kitchen.better(plan, replace(plan, clip=True), "clip", "ranges cut at six standard deviations")
 
 
-_DO = dict(zip(STEPS, (_equalized, _smoothed, _corrected, _with_floats, _best_method, _clipped)))
+_DO = dict(zip(STEPS, (_equalized, _smoothed, _corrected, _rounded, _with_floats, _best_method, _clipped)))
 
 # %% ../../nbs/quant/49_auto.ipynb #cell-15
 def auto(
@@ -153,33 +164,32 @@ def auto(
     output: str | Path,
     *,
     profile: str | Profile = "ort-cpu",
-    steps: Sequence[str] = STEPS,
+    steps: Sequence[str] = RECIPES["auto"],
+    noise: Noise = noise_shares,
     seed: int = 0,
     threads: int = 2,
     progress: bool = True,
 ) -> Recipe:
     """Quantize the float `model` by the steps that lower the noise of its outputs, and write `output`; arguments as for `quantize`, `steps` some of STEPS, run in that order.
 
+    `noise` measures what INT8 does to the outputs, where the task knows better than their squared error (see `quant.sensitivity`).
     Thirty percent of `images`, dealt by `seed`, judge; the others calibrate. The result is never noisier there than plain minmax. Source: ours; each step names its own.
     """
     for step in steps:
         require_known(step, STEPS, "step of the recipe")
     target, history = start(model, images, output, profile)
-    kitchen = _Kitchen(model, *split_images(list(images), seed=seed), preprocess, target, threads, progress)
+    kitchen = _Kitchen(model, *split_images(list(images), seed=seed), preprocess, target, noise, threads, progress)
     first = kitchen.plan(rewrite(kitchen.simple))
     plan = kitchen.better(first, first, "minmax", "the plain beginning")
     for step in tqdm([s for s in STEPS if s in steps], desc="recipe", unit="step", disable=not progress):
         plan = _DO[step](kitchen, plan)
-    trail = pd.DataFrame(kitchen.rows, columns=["step", "detail", "noise", "sqnr_db", "kept"])
+    trail = pd.DataFrame(kitchen.rows, columns=["step", "detail", "noise", "gain_db", "kept"])
     notes = {"method": f"auto: {plan.method}", "recipe": json.dumps(trail[trail.kept].detail.tolist())}
     return Recipe(finish(plan.graph, plan.ranges(), target, output, notes | history, model, floats=plan.floats), trail)
 
-RECIPES = {"auto": STEPS, "all": ("methods",)}
-
-
-def quantize_by(method: str, model: str | Path, images: Sequence[str | Path | np.ndarray], preprocess: Callable[[np.ndarray], np.ndarray], output: str | Path, *, profile: str | Profile = "ort-cpu", progress: bool = True) -> Recipe:
-    """`auto` for the methods "auto" (every step) and "all" (the best of METHODS), else `quantize` with that one and an empty trail; the other arguments as there. Source: ours."""
+def quantize_by(method: str, model: str | Path, images: Sequence[str | Path | np.ndarray], preprocess: Callable[[np.ndarray], np.ndarray], output: str | Path, *, profile: str | Profile = "ort-cpu", noise: Noise = noise_shares, progress: bool = True) -> Recipe:
+    """`auto` for the methods "auto" (every step but rounding), "thorough" (every step) and "all" (the best of METHODS), else `quantize` with that one and an empty trail; the other arguments as there. Source: ours."""
     require_known(method, [*METHODS, *RECIPES], "calibration method")
     if method in RECIPES:
-        return auto(model, images, preprocess, output, profile=profile, steps=RECIPES[method], progress=progress)
-    return Recipe(quantize(model, images, preprocess, output, profile=profile, method=method, progress=progress), pd.DataFrame(columns=["step", "detail", "noise", "sqnr_db", "kept"]))
+        return auto(model, images, preprocess, output, profile=profile, steps=RECIPES[method], noise=noise, progress=progress)
+    return Recipe(quantize(model, images, preprocess, output, profile=profile, method=method, progress=progress), pd.DataFrame(columns=["step", "detail", "noise", "gain_db", "kept"]))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .graph import Graph, Layer, attribute, get_bias, get_weight, layers, set_bias, set_weight
+from ..core.errors import InputError
+from .graph import Graph, Layer, activations, attribute, get_bias, get_weight, layers, set_bias, set_weight
 from .weights import channel_statistics
 
 # %% ../../nbs/quant/42_equalize.ipynb #cell-9
@@ -101,9 +102,11 @@ def channel_groups(graph: Graph) -> list[Group]:
 def equal_factors(made: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> np.ndarray:
     """The factor by which each channel is to be divided, float64 [channels], from the reach of its weights (or activations) in every tensor that makes it and every one that reads it; 1 for a channel that is zero in either.
 
-    Source: Nagel et al. 2019, equation 11, on ranges relative to their tensor's.
+    With nothing that reads, the reach itself. Source: Nagel et al. 2019, equation 11, on ranges relative to their tensor's.
     """
-    one, two = (np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) for ranges in (made, read))
+    one, two = (np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) if ranges else None for ranges in (made, read))
+    if two is None:
+        return np.where(one > 0, one, 1.0)
     alive = (one > 0) & (two > 0)
     return np.where(alive, np.sqrt(np.where(alive, one, 1) / np.where(alive, two, 1)), 1.0)
 
@@ -111,6 +114,12 @@ def equal_factors(made: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> np.
 def _columns(weight: np.ndarray, layer: Layer) -> np.ndarray:
     """A view [groups, outputs of a group, inputs of a group, rest] of a layer's weights."""
     return weight.reshape(layer.groups, len(weight) // layer.groups, weight.shape[1], -1)
+
+
+def _reach(weight: np.ndarray, layer: Layer, per_channel: bool) -> np.ndarray:
+    """Largest absolute weight per input channel of a layer; with a scale per output channel, relative to that channel's largest."""
+    size = np.abs(_columns(weight, layer))
+    return (size / np.maximum(size.max((2, 3), keepdims=True), 1e-300) if per_channel else size).max((1, 3))
 
 
 def _bound(graph: Graph, node, factors: np.ndarray, last: bool) -> None:
@@ -155,25 +164,34 @@ def rescale(graph: Graph, group: Group, factors: np.ndarray) -> None:
     graph.sweep()
 
 
-def equalize(graph: Graph, images: Sequence[np.ndarray] = (), *, tolerance: float = 0.01, sweeps: int = 50) -> Graph:
+_LEVELS = 256  # of a code: a channel that is smaller than that beside the largest is not raised further
+
+
+def equalize(graph: Graph, images: Sequence[np.ndarray] = (), *, per_channel: bool = False, tolerance: float = 0.01, sweeps: int = 50) -> Graph:
     """A copy whose free channels are of equal size; its float outputs are those of `graph`. With `images` (float32 [1,C,H,W]) the reach of activations counts too.
 
-    Groups are visited until no factor differs from 1 by more than `tolerance`, at most `sweeps` times. Source: Nagel et al. 2019, Data-free quantization, section 4.1.
+    `per_channel` is for targets with a scale per weight channel, and needs `images`: only activations are evened, and only where no Clip would become another operator. Groups are visited until no factor differs from 1 by more than `tolerance`, at most `sweeps` times.
+    Source: Nagel et al. 2019, Data-free quantization, section 4.1; per channel ours.
     """
+    if per_channel and not len(images):
+        raise InputError("no images to see the activations on", expected="at least one", fix="equalize(graph, images, per_channel=True)")
     new = graph.copy()
-    groups, seen = channel_groups(new), {}
+    groups, seen = [g for g in channel_groups(new) if not (per_channel and g.bounds)], {}
     if len(images):
-        names, last = [k for g in groups for k, repeat in g.tensors.items() if repeat == 1], [k for g in groups if g.last for k in g.tensors]
+        stored = set(activations(new)) if per_channel else {k for g in groups for k in g.tensors}  # what a Relu swallows has no range of its own
+        names, last = [k for g in groups for k, repeat in g.tensors.items() if repeat == 1 and k in stored], [k for g in groups if g.last for k in g.tensors]
         seen = {k: np.maximum(-t["min"], t["max"]).to_numpy() for k, t in channel_statistics(new, names, images, last=last).items()}
     weights = {layer.node.output[0]: get_weight(new, layer).astype(np.float64) for layer in layers(new)}
     total = [np.ones(g.channels) for g in groups]
     for _ in range(sweeps):
         moved = 0.0
         for k, group in enumerate(groups):
-            made = [np.abs(weights[p.node.output[0]]).reshape(group.channels, -1).max(1) for p in group.producers]
-            read = [np.abs(_columns(weights[c.node.output[0]], c)).max((1, 3)).reshape(group.channels, -1).max(1) for c in group.consumers]
+            made = [] if per_channel else [np.abs(weights[p.node.output[0]]).reshape(group.channels, -1).max(1) for p in group.producers]
             made += [seen[name] / total[k] for name in group.tensors if name in seen]
+            read = [_reach(weights[c.node.output[0]], c, per_channel).reshape(group.channels, -1).max(1) for c in group.consumers if not per_channel or weights[c.node.output[0]].shape[1] > 1]
             factors = equal_factors(made, read)
+            if per_channel:
+                factors = np.maximum(factors, 1 / (_LEVELS * total[k]))
             for p in group.producers:
                 w = weights[p.node.output[0]]
                 w /= factors.reshape(-1, *[1] * (w.ndim - 1))
@@ -187,7 +205,7 @@ def equalize(graph: Graph, images: Sequence[np.ndarray] = (), *, tolerance: floa
         rescale(new, group, factors)
     return new.infer()
 
-# %% ../../nbs/quant/42_equalize.ipynb #cell-18
+# %% ../../nbs/quant/42_equalize.ipynb #cell-20
 def absorb_bias(graph: Graph, images: Sequence[np.ndarray], *, margin: float = 0.0) -> Graph:
     """A copy in which what a channel before a Relu always exceeds on `images` (float32 [1,C,H,W]), less `margin` of its reach, is in the biases of its readers; unchanged on those images. Source: Nagel et al. 2019, section 4.1.3."""
     new = graph.copy()
