@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
+import calib_nb.commands.faces
 import calib_nb.commands.npu
 import calib_nb.commands.quant
 
@@ -92,8 +93,11 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Add --debug to any command for a traceback.",
 )
 _parts = (calib_nb.commands.npu.app, calib_nb.commands.quant.app, _own)
+_groups = {"faces": calib_nb.commands.faces.app}  # whose commands stand behind a first word
 for _part in _parts:
     app.add_typer(_part)
+for _word, _group in _groups.items():
+    app.add_typer(_group, name=_word)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> str:
-    named = {c.name or c.callback.__name__ for part in _parts for c in part.registered_commands}
-    return "".join(f"{a} " for a in arguments[:1] if a in named)
+    group = _groups.get(arguments[0])
+    named = {c.name or c.callback.__name__ for part in ([group] if group else _parts) for c in part.registered_commands} | set(_groups)
+    return "".join(f"{a} " for a in arguments[: 2 if group else 1] if a in named)
 
 

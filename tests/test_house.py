@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 TASKS = ("depth", "tags", "faces")
+TORCH_MODULES = {"faces.edgenext"}  # the definition of a network, which is nothing without torch; imported by what builds it, when it does
 SOURCES = sorted(p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
 RUNNABLE = sorted(p for folder in ("reports", "explore", "benchmarks") for p in (NBS / folder).glob("*.ipynb"))
 EVERY = [*SOURCES, *RUNNABLE, NBS / "index.ipynb"]
@@ -67,7 +68,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path):
     top = [node for node in ast.parse(module.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
     named = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names} | {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
     heavy = {"torch", "onnx", "onnxruntime", "matplotlib", "seaborn", "scipy", "PIL", "imagehash", "joblib", "papermill", "nbconvert", "mediapipe", "executorch", "ipywidgets"}
-    assert not named & heavy
+    assert not named & (heavy - {"torch"} if module_of(path) in TORCH_MODULES else heavy)
 
 
 @pytest.mark.parametrize("path", EVERY, ids=name)
@@ -158,5 +159,5 @@ def test_nothing_names_the_machine_it_was_written_on():
 
 
 def test_the_code_is_tidy():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", "tests/ruff.toml", "calib_nb", "tests", ".ci", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", "tests/ruff.toml", "calib_nb", "tests", ".ci", "setup.py", "hubconf.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
