@@ -15,9 +15,10 @@ from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.demo_tags import tagged_photos
 from calib_nb.data.preprocess import preset
 from calib_nb.npu.contract import open_session, read_contract
+from calib_nb.npu.export import export_onnx
 from calib_nb.quant.evaluate import Task, compare, run_model
 from calib_nb.quant.quantize import quantize
-from calib_nb.tags.compact import TaggingTask, average_precision, compact_tagger, demo_tagger, export_onnx, tag_map, train_compact
+from calib_nb.tags.compact import TaggingTask, average_precision, compact_tagger, demo_tagger, tag_map, train_compact
 
 CHAIN = preset("resnet-tags", size=(32, 32))
 
@@ -67,7 +68,7 @@ def test_training_repeats_and_leaves_torch_as_it_was(photos, trained):
 def test_the_export_equals_torch(tmp_path, trained):
     import torch
 
-    path = export_onnx(trained, tmp_path / "sub" / "m.onnx", 32)
+    path = export_onnx(trained, tmp_path / "sub" / "m.onnx", (32, 32), outputs=("logits",))
     contract = read_contract(path)
     assert contract.opset == 17 and contract.inputs[0].shape == (1, 3, 32, 32) and contract.outputs[0].shape == (1, 8)
     x = torch.randn(5, 3, 32, 32)
@@ -81,7 +82,7 @@ def test_a_module_of_another_size_has_about_as_many_weights_as_said():
 
 
 def test_the_task_fits_compare(tmp_path, photos, trained):
-    model = export_onnx(trained, tmp_path / "m.onnx", 32)
+    model = export_onnx(trained, tmp_path / "m.onnx", (32, 32), outputs=("logits",))
     task = TaggingTask(photos, CHAIN)
     int8 = quantize(model, task.samples[:20], CHAIN, tmp_path / "q.onnx", progress=False)
     comparison = compare(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)

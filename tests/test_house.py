@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 TASKS = ("depth", "tags", "faces")
-TORCH_MODULES = {"faces.edgenext"}  # the definition of a network, which is nothing without torch; imported by what builds it, when it does
+# Wholly about torch modules, and imported by nothing on the way to `calib-nb --help`.
+TORCH_MODULES = {"depth.losses", "depth.network", "depth.train", "depth.unequal", "faces.edgenext"}
 SOURCES = sorted(p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
 RUNNABLE = sorted(p for folder in ("reports", "explore", "benchmarks") for p in (NBS / folder).glob("*.ipynb"))
 EVERY = [*SOURCES, *RUNNABLE, NBS / "index.ipynb"]
@@ -69,6 +70,10 @@ def test_heavy_libraries_are_imported_where_they_are_used(path):
     named = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names} | {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
     heavy = {"torch", "onnx", "onnxruntime", "matplotlib", "seaborn", "scipy", "PIL", "imagehash", "joblib", "papermill", "nbconvert", "mediapipe", "executorch", "ipywidgets"}
     assert not named & (heavy - {"torch"} if module_of(path) in TORCH_MODULES else heavy)
+
+
+def test_the_command_line_answers_without_torch():
+    subprocess.run([sys.executable, "-c", "import sys, calib_nb.cli; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", EVERY, ids=name)
