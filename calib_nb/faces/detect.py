@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'STRIDES', 'Faces', 'draw_detections', 'box_iou', 'suppress', 'decode_yunet', 'encode_yunet', 'letterbox',
-           'letterbox_scale', 'YuNetDetector', 'detect_opencv']
+           'letterbox_scale', 'letterbox_offset', 'OnnxDetector', 'YuNetDetector', 'OpenCVYuNet', 'detect_opencv']
 
 # %% ../../nbs/faces/60_detect.ipynb #cell-2
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,16 @@ class Faces:
         """The same faces in a picture that is `factor` times as large."""
         return Faces(self.boxes * np.float32(factor), self.scores, self.landmarks * np.float32(factor))
 
+    def moved(self, dx: float, dy: float) -> "Faces":
+        """The same faces, `dx` pixels further right and `dy` further down."""
+        shift = np.array([dx, dy], np.float32)
+        return Faces(self.boxes + np.tile(shift, 2), self.scores, self.landmarks + shift)
+
+    def largest(self) -> "Faces":
+        """The one face with the largest box; none stays none."""
+        sides = self.boxes[:, 2:] - self.boxes[:, :2]
+        return self[np.argsort(-sides.prod(axis=1), kind="stable")[:1]]
+
     def central(self, size: tuple[int, int]) -> "Faces":
         """The one face of a portrait of `size` (width, height): the nearest to its middle, as LFW means it; none stays none."""
         distance = np.linalg.norm((self.boxes[:, :2] + self.boxes[:, 2:]) / 2 - np.array(size) / 2, axis=1)
@@ -70,19 +80,16 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return inner / np.maximum(area_a + area_b - inner, 1e-12)
 
 
-def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float = 0.3) -> np.ndarray:
+def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float = 0.3, overlap: Callable = box_iou) -> np.ndarray:
     """Indices of the boxes that survive non-maximum suppression, best first: a box goes when it overlaps a better kept one by more than `threshold`.
 
-    Equal scores keep their order. Source: greedy NMS, as cv2.dnn.NMSBoxes.
+    Equal scores keep their order. `overlap` measures as `box_iou` does. Source: greedy NMS, as cv2.dnn.NMSBoxes.
     """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    overlap, kept = box_iou(np.asarray(boxes)[order], np.asarray(boxes)[order]) > threshold, []
-    alive = np.ones(len(order), bool)
-    for i in range(len(order)):
-        if alive[i]:
-            kept.append(i)
-            alive &= ~overlap[i]
-    return order[kept]
+    boxes, left, kept = np.asarray(boxes), np.argsort(-np.asarray(scores), kind="stable"), []
+    while len(left):
+        kept.append(left[0])
+        left = left[1:][overlap(boxes[left[:1]], boxes[left[1:]])[0] <= threshold]
+    return np.array(kept, int)
 
 # %% ../../nbs/faces/60_detect.ipynb #cell-17
 STRIDES = (8, 16, 32)
@@ -144,86 +151,121 @@ def encode_yunet(boxes: np.ndarray, landmarks: np.ndarray, input_size: tuple[int
     return outputs
 
 # %% ../../nbs/faces/60_detect.ipynb #cell-23
-def letterbox(bgr: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """`bgr` (uint8 HWC) in the top left corner of a black picture of `size` (width, height), shrunk to fit but never enlarged; and the scale (<= 1).
+def letterbox(bgr: np.ndarray, size: tuple[int, int], *, fill: int = 0, centred: bool = False, enlarge: bool = False) -> tuple[np.ndarray, float]:
+    """`bgr` (uint8 HWC) in a picture of `size` (width, height) filled with `fill`, shrunk to fit, enlarged only on demand; and the scale.
 
-    Coordinates in the result divided by the scale are coordinates in the photo. Source: ours, padding as cv2.FaceDetectorYN.
+    It lies in the top left corner, or `centred`. Coordinates in the result, less the offset, divided by the scale are coordinates in the photo. Source: ours, padding as cv2.FaceDetectorYN.
     """
-    (h, w), scale = bgr.shape[:2], letterbox_scale(bgr.shape[1], bgr.shape[0], size)
-    if scale < 1:
-        bgr = cv2.resize(bgr, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=cv2.INTER_AREA)
-    picture = np.zeros((size[1], size[0], 3), np.uint8)
-    picture[: bgr.shape[0], : bgr.shape[1]] = bgr[: size[1], : size[0]]
+    (h, w), scale = bgr.shape[:2], letterbox_scale(bgr.shape[1], bgr.shape[0], size, enlarge=enlarge)
+    if scale != 1:
+        wanted = (min(size[0], max(1, round(w * scale))), min(size[1], max(1, round(h * scale))))
+        bgr = cv2.resize(bgr, wanted, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    picture = np.full((size[1], size[0], 3), fill, np.uint8)
+    x, y = letterbox_offset(w, h, size, enlarge=enlarge) if centred else (0, 0)
+    picture[y : y + bgr.shape[0], x : x + bgr.shape[1]] = bgr
     return picture, scale
 
 
-def letterbox_scale(width: int, height: int, size: tuple[int, int]) -> float:
+def letterbox_scale(width: int, height: int, size: tuple[int, int], *, enlarge: bool = False) -> float:
     """The scale that `letterbox` gives a photo of `width` x `height` px. Source: ours."""
-    return min(1.0, size[0] / width, size[1] / height)
+    fit = min(size[0] / width, size[1] / height)
+    return fit if enlarge else min(1.0, fit)
+
+
+def letterbox_offset(width: int, height: int, size: tuple[int, int], *, enlarge: bool = False) -> tuple[int, int]:
+    """The pixel (x, y) at which a centred `letterbox` of `size` begins a photo of `width` x `height` px. Source: ours."""
+    scale = letterbox_scale(width, height, size, enlarge=enlarge)
+    return tuple((side - min(side, max(1, round(length * scale)))) // 2 for side, length in zip(size, (width, height)))
 
 # %% ../../nbs/faces/60_detect.ipynb #cell-26
-class YuNetDetector:
-    """A YuNet file (float or INT8 QDQ, one fixed input size) in ONNX Runtime on the CPU. Call `.detect(bgr)`.
+class OnnxDetector:
+    """A detector file (float or INT8 QDQ) in ONNX Runtime. Call `.detect(bgr)`.
 
-    `preprocess` defaults to the preset `yunet` (BGR 0-255, [1,3,H,W]). Source: Wu et al. 2023; thresholds ours (0.7 balances precision and recall).
+    `decode(outputs by name, input_size=, score_threshold=, nms_threshold=)` gives Faces in pixels of the input; `preprocess` is a chain from the letterboxed BGR picture to [1,3,H,W];
+    `placing` holds the options of `letterbox`; `open_size` (width, height) is taken where the file leaves its size open; `device` is as in `open_session`. Source: ours.
     """
 
-    def __init__(self, model: str | Path, *, score_threshold: float = 0.7, nms_threshold: float = 0.3, preprocess: Preprocess | None = None, threads: int = 2):
-        self.session = open_session(model, threads=threads)
-        (tensor,) = self.session.get_inputs()
-        if len(tensor.shape) != 4 or not all(isinstance(n, int) for n in tensor.shape[2:]):
-            raise ModelError(f"{Path(model).name}: input {tensor.name} has shape {tensor.shape}", expected="[1,3,H,W] with fixed H and W")
-        self.input_size = (tensor.shape[3], tensor.shape[2])
+    def __init__(self, model: str | Path, decode: Callable, preprocess: Preprocess, *, score_threshold: float, nms_threshold: float, placing: dict | None = None,
+                 open_size: tuple[int, int] = (640, 640), threads: int = 2, device: str = "cpu"):  # fmt: skip
+        self.name, self.session = Path(model).name, open_session(model, threads, device)
+        self._input, *others = self.session.get_inputs()
+        shape = self._input.shape
+        if others or len(shape) != 4 or shape[1] != 3:
+            raise ModelError(f"{self.name}: input {self._input.name} has shape {shape}", expected="one input [1,3,H,W]", fix="is this a face detector?")
+        self.input_size = tuple(n if isinstance(n, int) else own for n, own in zip(shape[:1:-1], open_size))
+        self.decode, self.preprocess, self.placing = decode, preprocess, placing or {}
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.preprocess = preprocess or preset("yunet", size=self.input_size)
-        self._input, self._names = tensor.name, [o.name for o in self.session.get_outputs()]
+        self._names = [o.name for o in self.session.get_outputs()]
 
     def detect(self, bgr: np.ndarray) -> Faces:
         """The faces in a photo (uint8 BGR [H,W,3], any size), in that photo's pixels, best score first."""
-        picture, scale = letterbox(bgr, self.input_size)
-        outputs = dict(zip(self._names, self.session.run(self._names, {self._input: np.float32(self.preprocess(picture))})))
-        faces = decode_yunet(outputs, input_size=self.input_size, score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
+        picture, scale = letterbox(bgr, self.input_size, **self.placing)
+        outputs = dict(zip(self._names, self.session.run(self._names, {self._input.name: np.float32(self.preprocess(picture))})))
+        faces = self.decode(outputs, input_size=self.input_size, score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
+        if self.placing.get("centred"):
+            dx, dy = letterbox_offset(bgr.shape[1], bgr.shape[0], self.input_size, enlarge=self.placing.get("enlarge", False))
+            faces = faces.moved(-dx, -dy)
         return faces.scaled(1 / scale)
 
+
+class YuNetDetector(OnnxDetector):
+    """A YuNet file in ONNX Runtime, with the preset `yunet` (BGR 0-255) unless told otherwise. Source: Wu et al. 2023; thresholds ours (0.7 balances precision and recall)."""
+
+    def __init__(self, model: str | Path, *, score_threshold: float = 0.7, nms_threshold: float = 0.3, preprocess: Preprocess | None = None, threads: int = 2, device: str = "cpu"):
+        super().__init__(model, decode_yunet, Preprocess(), score_threshold=score_threshold, nms_threshold=nms_threshold, threads=threads, device=device)
+        self.preprocess = preprocess or preset("yunet", size=self.input_size)
+
 # %% ../../nbs/faces/60_detect.ipynb #cell-30
+class OpenCVYuNet:
+    """The float file `model` in cv2.FaceDetectorYN. Call `.detect(bgr)`, from any thread.
+
+    A photo with a side above `max_side` px is shrunk before. A model that OpenCV refuses is a `ModelError` at the first photo. Source: OpenCV, objdetect.
+    """
+
+    def __init__(self, model: str | Path, *, max_side: int | None = None, score_threshold: float = 0.7, nms_threshold: float = 0.3):
+        if not Path(model).is_file():
+            raise InputError(f"no such model: {model}", fix="check the path")
+        self.model, self.max_side, self.thresholds, self._own = model, max_side, (score_threshold, nms_threshold), threading.local()
+
+    def _create(self, size: tuple[int, int]):
+        level = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns once per model that CPU is CPU
+        try:
+            return cv2.FaceDetectorYN.create(str(self.model), "", size, *self.thresholds, 5000)
+        except cv2.error as e:
+            raise ModelError(f"OpenCV cannot use {Path(self.model).name} as a YuNet: {e.err}", fix="give the float ONNX file") from e
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+
+    def detect(self, bgr: np.ndarray) -> Faces:
+        """The faces in a photo (uint8 BGR [H,W,3], any size), in that photo's pixels, best score first."""
+        scale = min(1.0, self.max_side / max(bgr.shape[:2])) if self.max_side else 1.0
+        if scale < 1:
+            bgr = cv2.resize(bgr, tuple(max(1, round(side * scale)) for side in bgr.shape[1::-1]), interpolation=cv2.INTER_AREA)
+        size = (bgr.shape[1], bgr.shape[0])
+        if not hasattr(self._own, "detector"):  # cv2's object remembers a size: one per thread
+            self._own.detector = self._create(size)
+        self._own.detector.setInputSize(size)
+        try:
+            r = self._own.detector.detect(bgr)[1]
+        except cv2.error as e:
+            raise ModelError(f"OpenCV cannot use {Path(self.model).name} as a YuNet: {e.err}", fix="give the float ONNX file") from e
+        r = np.zeros((0, 15), np.float32) if r is None else r[np.argsort(-r[:, 14], kind="stable")]
+        return Faces(np.hstack([r[:, :2], r[:, :2] + r[:, 2:4]]), r[:, 14], r[:, 4:14].reshape(-1, 5, 2)).scaled(1 / scale)
+
+
 def detect_opencv(
     model: str | Path, photos: Sequence[str | Path], *, max_side: int | None = None, score_threshold: float = 0.7, nms_threshold: float = 0.3,
     workers: int | None = None, progress: bool = True,
 ) -> list[Faces]:  # fmt: skip
-    """Faces of every photo (paths) by cv2.FaceDetectorYN with the float file `model`, in photo pixels, in the order of `photos`.
-
-    A photo with a side above `max_side` px is shrunk before. A model that OpenCV refuses is a `ModelError`. Source: OpenCV, objdetect.
-    """
-    own = threading.local()
-
-    def create(size):
-        level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns once per model that CPU is CPU
-        try:
-            return cv2.FaceDetectorYN.create(str(model), "", size, score_threshold, nms_threshold, 5000)
-        except cv2.error as e:
-            raise ModelError(f"OpenCV cannot use {Path(model).name} as a YuNet: {e.err}", fix="give the float ONNX file") from e
-        finally:
-            cv2.utils.logging.setLogLevel(level)
+    """Faces of every photo (paths) by `OpenCVYuNet`, in photo pixels, in the order of `photos`. Source: OpenCV, objdetect."""
+    detector = OpenCVYuNet(model, max_side=max_side, score_threshold=score_threshold, nms_threshold=nms_threshold)
 
     def detect(path):
         try:
-            bgr = decode(path)
+            return detector.detect(decode(path))
         except ImageError as e:
             log.warning("%s", e)
             return Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32))
-        size, scale = (bgr.shape[1], bgr.shape[0]), 1.0
-        if max_side and max(size) > max_side:
-            scale = max_side / max(size)
-            bgr = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            size = (bgr.shape[1], bgr.shape[0])
-        if not hasattr(own, "detector"):
-            own.detector = create(size)
-        own.detector.setInputSize(size)
-        r = own.detector.detect(bgr)[1]
-        r = np.zeros((0, 15), np.float32) if r is None else r
-        return Faces(np.hstack([r[:, :2], r[:, :2] + r[:, 2:4]]), r[:, 14], r[:, 4:14].reshape(-1, 5, 2)).scaled(1 / scale)
 
-    if not Path(model).is_file():
-        raise InputError(f"no such model: {model}", fix="check the path")
     return list(parallel_map(detect, list(photos), workers=workers, total=len(photos), desc="detect", unit="image", progress=progress))

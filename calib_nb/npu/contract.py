@@ -6,6 +6,8 @@
 __all__ = ['TensorSpec', 'ModelContract', 'read_contract', 'single_input', 'open_session', 'fix_batch']
 
 # %% ../../nbs/npu/29_contract.ipynb #cell-2
+import functools
+import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, ModelError
+from ..core.errors import InputError, ModelError, require_known
 from ..core.run import atomic_file, contained
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/npu/29_contract.ipynb #cell-7
 @dataclass(frozen=True)
@@ -156,17 +160,32 @@ def single_input(contract: ModelContract) -> TensorSpec:
     return spec
 
 # %% ../../nbs/npu/29_contract.ipynb #cell-18
-def open_session(path: str | Path, threads: int = 2):
-    """An `onnxruntime.InferenceSession` of the file on the CPU with `threads` threads per operator; `ModelError` when it cannot be opened. Source: ONNX Runtime."""
+def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
+    """An `onnxruntime.InferenceSession` of the file with `threads` threads per operator; `device` is cpu, cuda, or auto (CUDA when it works). `ModelError` when it cannot be opened. Source: ONNX Runtime."""
     import onnxruntime as ort
 
+    require_known(device, ("auto", "cpu", "cuda"), "device")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    there = "CUDAExecutionProvider" in ort.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] if there and device != "cpu" else []
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         read_contract(path)  # says it better where the file itself is at fault
         raise ModelError(f"ONNX Runtime cannot open {path}: {str(e).splitlines()[0][:200]}", fix="export it again, with an opset that ONNX Runtime knows") from e
+    if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
+        reason = "its CUDA libraries or driver do not load" if there else "the installed ONNX Runtime has no CUDA"
+        if device == "cuda":
+            raise InputError(f"device 'cuda' cannot be used: {reason}", fix='install onnxruntime-gpu and its CUDA libraries, or take device="auto"')
+        _fall_back(reason)
+    return session
+
+
+@functools.cache
+def _fall_back(reason: str) -> None:
+    """Says once per reason that a session runs on the CPU."""
+    _log.info("ONNX models run on the CPU: %s", reason)
 
 # %% ../../nbs/npu/29_contract.ipynb #cell-21
 def fix_batch(path: str | Path, output: str | Path, batch: int = 1, size: tuple[int, int] | None = None) -> Path:
