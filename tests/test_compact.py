@@ -18,7 +18,8 @@ from calib_nb.npu.contract import open_session, read_contract
 from calib_nb.npu.export import export_onnx
 from calib_nb.quant.evaluate import Task, compare, run_model
 from calib_nb.quant.quantize import quantize
-from calib_nb.tags.compact import TaggingTask, average_precision, compact_tagger, demo_tagger, tag_map, train_compact
+from calib_nb.tags.compact import TaggingTask, compact_tagger, demo_tagger, train_compact
+from calib_nb.tags.metrics import average_precision, tag_map
 
 CHAIN = preset("resnet-tags", size=(32, 32))
 

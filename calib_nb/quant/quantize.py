@@ -92,10 +92,11 @@ def save_quantized(graph: Graph, output: str | Path, history: dict[str, object])
     proto = graph.copy().model
     used = {node.domain for node in proto.graph.node}
     kept = [o for o in proto.opset_import if o.domain in used | {"", "ai.onnx"}]
+    told = {p.key: p.value for p in proto.metadata_props if not p.key.startswith(_HISTORY)}  # what the float model says of itself, its labels for instance
     del proto.opset_import[:], proto.metadata_props[:]
     proto.opset_import.extend(kept)
     proto.producer_name, proto.producer_version = "calib_nb", versions("calib-nb").get("calib-nb", "")
-    onnx.helper.set_model_props(proto, {_HISTORY + key: str(value) for key, value in history.items()})
+    onnx.helper.set_model_props(proto, told | {_HISTORY + key: str(value) for key, value in history.items()})
     stamped = Graph(proto)
     open_graph(stamped)
     return stamped.save(output)

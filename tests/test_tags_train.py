@@ -1,0 +1,245 @@
+"""Training as a process: killed and resumed, in two processes, in mixed precision; the command line around it; a download that breaks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from functools import partial
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from calib_nb.core.errors import CheckFailed, InputError
+from calib_nb.data.demo_tags import tagged_photos
+from calib_nb.tags.config import load_train_config
+from calib_nb.tags.download import Archive, download_coco
+from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger, read_checkpoint
+from calib_nb.tags.train import checkpoint_config, train
+
+SCRIPT = "import sys; from calib_nb.cli import main; sys.exit(main())"
+ENV = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return tagged_photos(tmp_path_factory.mktemp("photos") / "set", 72, size=40, classes=3, seed=9)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(photos, output, **more):
+    recipe = dict(train=photos, output=output, width=8, size=32, batch=16, epochs=3, workers=0, tensorboard=False) | more
+    return [f"{k}={v}" for k, v in recipe.items()]
+
+
+def run(photos, output, module=None, **more):
+    return train(load_train_config(None, settings(photos, output, **more)), module=module, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    torch.set_num_threads(1)
+    return run(photos, tmp_path_factory.mktemp("whole") / "run")
+
+
+def losses(history):
+    return history[["epoch", "train_loss", "val_map"]].to_numpy()
+
+
+def test_a_killed_training_ends_as_if_nothing_had_been(photos, whole, tmp_path):
+    (tmp_path / "c.yaml").write_text("\n".join(s.replace("=", ": ", 1) for s in settings(photos, tmp_path / "run")))
+    command = [sys.executable, "-c", SCRIPT, "tags", "train", "--config", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run/history.csv").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = read_checkpoint(tmp_path / "run/last.pth")["epoch"]  # whole, whenever the kill came
+    assert 1 <= done <= 3
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    again = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and "best: " in again.stdout, again.stderr
+    assert np.array_equal(losses(pd.read_csv(tmp_path / "run/history.csv")), losses(pd.read_csv(whole.folder / "history.csv")))
+    elsewhere = train(load_train_config(None, settings(photos, tmp_path / "elsewhere")), resume=tmp_path / "moved/last.pth", progress=False)
+    on = train(checkpoint_config(tmp_path / "moved/last.pth"), progress=False)  # in its own folder, wherever that is now
+    one, *others = (load_tagger(p)[0].state_dict() for p in (whole.last, tmp_path / "run/last.pth", elsewhere.last, on.last))
+    assert all(torch.equal(one[k], other[k]) for other in others for k in one)
+    assert on.folder == tmp_path / "moved" and read_checkpoint(elsewhere.best)["epoch"] == read_checkpoint(whole.best)["epoch"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.endswith(".tmp")) == ["best.pth", "config.yaml", "history.csv", "last.pth"]
+
+
+def test_two_processes_train_as_one_does_in_two_pieces(photos, tmp_path):
+    one = run(photos, tmp_path / "one", accumulate=2, epochs=2)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "c.yaml").write_text("")  # everything is told on the command line
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py"), "tags", "train", "--config", str(tmp_path / "c.yaml")]
+    done = subprocess.run([*command, *settings(photos, tmp_path / "two", epochs=2, device="cpu")], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = pd.read_csv(tmp_path / "two/history.csv")
+    assert np.allclose(two.train_loss, one.history.train_loss, rtol=1e-4) and done.stdout.count("best: ") == 1
+    halves, whole = (load_tagger(tmp_path / f"{n}/last.pth")[0].conv1.weight for n in ("two", "one"))
+    assert torch.allclose(halves, whole, atol=1e-3)
+
+
+def test_mixed_precision_is_near_full_precision(photos, tmp_path):
+    full, half = (run(photos, tmp_path / amp, amp=amp, epochs=1) for amp in ("off", "bf16"))
+    assert full.history.train_loss[0] != half.history.train_loss[0] == pytest.approx(full.history.train_loss[0], rel=0.05)
+    assert load_tagger(half.last)[0].conv1.weight.dtype == torch.float32
+
+
+def test_workers_change_nothing(photos, whole, tmp_path):
+    assert np.array_equal(losses(run(photos, tmp_path / "run", workers=2).history), losses(whole.history))
+
+
+def test_tensorboard_holds_the_losses(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = run(photos, tmp_path / "run", tensorboard="true", epochs=2)
+    events = EventAccumulator(str(done.folder / "tensorboard"))
+    events.Reload()
+    steps, epochs = (events.Scalars(name) for name in ("train/loss", "epoch/val_map"))
+    assert [e.step for e in steps] == list(range(8)) and np.allclose([e.value for e in epochs], done.history.val_map)
+    assert np.isclose(np.mean([e.value for e in steps[:4]]), done.history.train_loss[0])
+
+
+@pytest.mark.parametrize("loss", ["focal", "asymmetric"])
+def test_the_other_losses_learn(photos, tmp_path, loss):
+    history = run(photos, tmp_path / loss, loss=loss, epochs=4, jitter=0).history
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+
+
+def test_pretrained_weights_are_where_it_starts(photos, tmp_path):
+    torch.manual_seed(5)
+    published = build_tagger(TaggerSpec("resnet18", tuple(map(str, range(1000))), width=8))
+    torch.save(published.state_dict(), tmp_path / "imagenet.pth")
+    done = run(photos, tmp_path / "run", weights=tmp_path / "imagenet.pth", learning_rate=1e-12, weight_decay=0, epochs=1)
+    assert torch.allclose(load_tagger(done.last)[0].layer3[0].conv1.weight, published.layer3[0].conv1.weight, atol=1e-6)
+
+
+def test_a_module_of_ones_own_is_trained(photos, tmp_path):
+    own = build_tagger(TaggerSpec("resnet18", ("a", "b", "c"), width=8))
+    before = own.conv1.weight.clone()
+    run(photos, tmp_path / "run", module=own, epochs=1)
+    assert not torch.equal(own.conv1.weight, before)
+
+
+def test_a_loss_that_is_no_number_names_the_batch(photos, whole, tmp_path):
+    class Broken(torch.nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.inside = build_tagger(TaggerSpec("resnet18", ("a", "b", "c"), width=8))
+
+        def forward(self, x):
+            if self.training:
+                self.calls += 1
+            return self.inside(x) * (float("nan") if self.calls == 6 else 1)
+
+    with pytest.raises(CheckFailed, match=r"the loss is nan in epoch 2, batch 2 of 4, photos \d+\.jpg, .* and 8 more"):
+        run(photos, tmp_path / "run", module=Broken())
+    assert read_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
+
+
+def test_the_best_epoch_is_kept(photos, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.9, 0.5])
+    monkeypatch.setattr("calib_nb.tags.train.tag_map", lambda *_: next(scores))
+    done = run(photos, tmp_path / "run")
+    assert read_checkpoint(done.best)["epoch"] == 2 and read_checkpoint(done.last)["epoch"] == 3 and list(done.history.val_map) == [0.2, 0.9, 0.5]
+    assert "optimizer" not in read_checkpoint(done.best) and done.best.stat().st_size < 0.7 * done.last.stat().st_size
+
+
+def test_impossible_batches_are_refused(photos, tmp_path):
+    for more in ({"batch": 100}, {"accumulate": 3}):
+        with pytest.raises(InputError, match="expected at least one whole batch"):
+            run(photos, tmp_path / "run", **more)
+
+
+# The command line.
+
+
+def shell(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "download"])
+def test_help_teaches_and_loads_nothing_heavy(command):
+    code = f"import sys; sys.argv[1:] = {['tags', *([command] if command else []), '--help']}\nfrom calib_nb.cli import main\ncode = main()\nprint(code, sorted(set(sys.modules) & {{'torch', 'onnx', 'onnxruntime', 'cv2', 'pandas', 'pooch'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout[-300:] + done.stderr[-1000:]
+    assert "Usage:" in done.stdout and ("Example" in done.stdout or not command)
+
+
+def test_bad_input_is_one_line(photos, whole, tmp_path):
+    for arguments, named in (
+        (["train", "--modle", "resnet18"], "calib-nb tags train --help"),
+        (["train", "--config", "none.yaml"], "none.yaml"),
+        (["train", "--resume", "none.pth"], "none.pth"),
+        (["evaluate", "--checkpoint", whole.best, "--coco", "none.json"], "none.json"),
+        (["predict", "none.jpg", "--onnx", "none.onnx"], "none.onnx"),
+    ):
+        done = shell("tags", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_scored_and_asked(photos, whole):
+    done = shell("tags", "evaluate", "--checkpoint", whole.best, "--coco", photos)
+    assert done.returncode == 0 and "mAP" in done.stdout and "best threshold" in done.stdout, done.stderr
+    done = shell("tags", "predict", photos.parent / "images/000001.jpg", "--checkpoint", whole.best, "--threshold", "0")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
+
+
+# The download.
+
+
+class Breaking(SimpleHTTPRequestHandler):
+    """Sends at most 150,000 bytes per request."""
+
+    def do_GET(self):
+        with open(f"{self.directory}{self.path}", "rb") as f:
+            data = f.read()
+        first = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        self.wfile.write(data[first:][:150_000])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_is_resumed_and_a_spoiled_part_does_not_last(tmp_path):
+    source = tmp_path / "server"
+    source.mkdir()
+    with zipfile.ZipFile(source / "val2017.zip", "w") as z:
+        for k in range(4):
+            z.writestr(f"val2017/{k}.jpg", np.random.default_rng(k).bytes(90_000))
+    data = (source / "val2017.zip").read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Breaking, directory=str(source))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        archive = Archive(f"http://127.0.0.1:{server.server_port}/val2017.zip", len(data), "sha256:" + sha256(data).hexdigest(), "val2017")
+        dest = tmp_path / "coco"
+        dest.mkdir()
+        (dest / "val2017.zip.part").write_bytes(b"x" * 100_000)  # what arrived once was not right
+        with pytest.raises(InputError, match="not the file that was published"):
+            download_coco(dest, archives=[archive], progress=False)
+        assert not list(dest.iterdir())
+        assert download_coco(dest, archives=[archive], progress=False) == [dest / "val2017"]
+        server.shutdown()
+    assert sorted(p.name for p in dest.rglob("*.jpg")) == [f"{k}.jpg" for k in range(4)] and sum(p.stat().st_size for p in dest.rglob("*.jpg")) == 360_000
