@@ -149,7 +149,7 @@ def test_a_comparison_has_its_columns(models, task):
     int8 = {name: models[name] for name in ("near", "far")}
     comparison = compare(models["float"], int8, task, budget=0.01, latency_runs=3, progress=False)
     assert isinstance(task, Task)
-    assert list(comparison.table.columns) == ["model", "cosine", "cosine_min", "sqnr_db", "top1_agreement", "drop", "drop_low", "drop_high", "verdict", "size_mb", "latency_ms", "latency_iqr_ms", "threads"]
+    assert list(comparison.table.columns) == ["model", "cosine", "cosine_min", "sqnr_db", "top1_agreement", "drop", "drop_low", "drop_high", "verdict", "worst_slice", "worst_slice_drop", "int8_share", "size_mb", "latency_ms", "latency_iqr_ms", "threads"]
     assert list(comparison.table.model) == ["float", "near", "far"] and list(comparison.table.verdict) == ["reference", "within budget", "over budget"]
     assert comparison.table.threads.eq(2).all() and comparison.table.latency_ms.gt(0).all() and {k: len(u) for k, u in comparison.units.items()} == {"float": 40, "near": 40, "far": 40}
     timing = ["latency_ms", "latency_iqr_ms"]

@@ -23,18 +23,22 @@ def quantize(
     images: Annotated[Optional[Path], typer.Option(help="Folder of calibration photos, instead of the config's.")] = None,  # noqa: UP045
     num_samples: Annotated[Optional[int], typer.Option(min=1, help="Photos to calibrate with (default: the config's calibration_num).")] = None,  # noqa: UP045
     profile: Annotated[str, typer.Option(help="Target: ort-cpu, per-tensor-npu, xnnpack, or a YAML file that describes another.")] = "ort-cpu",
-    method: Annotated[str, typer.Option(help="How ranges are chosen: minmax, ema, kl, percentile, iqr or mse; all compares them from one pass; auto also equalizes, corrects biases and spares the worst nodes, as far as each helps.")] = "auto",
+    method: Annotated[str, typer.Option(help="How ranges are chosen: minmax, ema, kl, percentile, iqr or mse; all compares them from one pass; auto also equalizes, corrects biases and spares the worst nodes, as far as each helps; thorough learns the rounding of weights too, which takes minutes.")] = "auto",
+    stats: Annotated[Optional[Path], typer.Option(help="File (.npz) that keeps the pass over the photos: the next method needs none. With a single method.")] = None,  # noqa: UP045
 ):
     """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs."""
+    from calib_nb.faces.points import noise_for
     from calib_nb.npu.config import config_preprocess, load_config
+    from calib_nb.npu.retries import retries
     from calib_nb.quant.auto import quantize_by
     from calib_nb.report import text_table
 
     settings = load_config(config)
     photos = _photos(settings, images)[: num_samples or settings.calibration_num]
-    done = quantize_by(method, model, photos, config_preprocess(settings), output, profile=profile)
+    done = quantize_by(method, model, photos, config_preprocess(settings), output, profile=profile, noise=noise_for(model), stats=stats)
     if len(done.trail):
         typer.echo(text_table(done.trail.replace({"kept": {True: "yes", False: ""}})))
+        typer.echo("the same with DX-COM, one change at a time:\n" + "\n".join(f"  {r.why}\n    {r.change}" for r in retries(done.trail, model, config)))
     made = done.model
     typer.echo(f"{made.int8_share:.1%} of multiply-accumulates in INT8" + (f", {len(made.floats)} nodes left in float" if made.floats else ""))
     typer.echo(f"{made.float_size_mb:.3f} MB to {made.size_mb:.3f} MB; ranges from {made.images} photos ({made.method}, {made.profile})\nmodel: {made.path}")

@@ -157,6 +157,11 @@ class DetectionTask:
             rows.append({"path": path, "hits": hits, "false_alarms": len(found) - hits, "misses": len(boxes) - hits, "landmark_px": drift})
         return pd.DataFrame(rows)
 
+    def slices(self) -> pd.DataFrame:
+        """One row per photo: face_size, the third of the photos to which the median size of its labelled faces (px) belongs."""
+        sizes = pd.Series([float(np.median(np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)))) for b in self.truth.values()])
+        return pd.DataFrame({"face_size": pd.qcut(sizes, 3, duplicates="drop", precision=0).map(lambda third: f"{third.left:.0f} to {third.right:.0f} px")})
+
     def metrics(self, units: pd.DataFrame) -> dict[str, float]:
         """f1, precision, recall (0-1) over all faces, and landmark_px, the median over photos (NaN when no face is shared)."""
         counts = units[["hits", "false_alarms", "misses"]].to_numpy().sum(axis=0)

@@ -187,9 +187,11 @@ def auto(
     notes = {"method": f"auto: {plan.method}", "recipe": json.dumps(trail[trail.kept].detail.tolist())}
     return Recipe(finish(plan.graph, plan.ranges(), target, output, notes | history, model, floats=plan.floats), trail)
 
-def quantize_by(method: str, model: str | Path, images: Sequence[str | Path | np.ndarray], preprocess: Callable[[np.ndarray], np.ndarray], output: str | Path, *, profile: str | Profile = "ort-cpu", noise: Noise = noise_shares, progress: bool = True) -> Recipe:
-    """`auto` for the methods "auto" (every step but rounding), "thorough" (every step) and "all" (the best of METHODS), else `quantize` with that one and an empty trail; the other arguments as there. Source: ours."""
+def quantize_by(method: str, model: str | Path, images: Sequence[str | Path | np.ndarray], preprocess: Callable[[np.ndarray], np.ndarray], output: str | Path, *, profile: str | Profile = "ort-cpu", noise: Noise = noise_shares, stats: str | Path | None = None, progress: bool = True) -> Recipe:
+    """`auto` for the methods "auto" (every step but rounding), "thorough" (every step) and "all" (the best of METHODS), else `quantize` with that one and an empty trail; the other arguments as there. A recipe changes the graph as it goes, so it takes no `stats`. Source: ours."""
     require_known(method, [*METHODS, *RECIPES], "calibration method")
     if method in RECIPES:
+        if stats is not None:
+            raise InputError(f"a file of statistics, and the method {method}", expected="a single method", fix=f"name one of {', '.join(METHODS)}")
         return auto(model, images, preprocess, output, profile=profile, steps=RECIPES[method], noise=noise, progress=progress)
-    return Recipe(quantize(model, images, preprocess, output, profile=profile, method=method, progress=progress), pd.DataFrame(columns=["step", "detail", "noise", "gain_db", "kept"]))
+    return Recipe(quantize(model, images, preprocess, output, profile=profile, method=method, stats=stats, progress=progress), pd.DataFrame(columns=["step", "detail", "noise", "gain_db", "kept"]))

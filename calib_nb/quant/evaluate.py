@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'similarity', 'AgreementTask', 'unseen', 'run_model', 'Drop', 'paired_bootstrap', 'mcnemar', 'latency',
-           'verdict', 'Comparison', 'compare', 'plot_comparison']
+           'verdict', 'int8_share', 'worst_slice', 'Comparison', 'compare', 'plot_comparison']
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-2
 import time
@@ -19,8 +19,12 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError
 from ..core.run import sha256_file
+from ..data.images import decode
 from ..npu.contract import open_session
+from .graph import macs
+from .nodes import Graph
 from .observe import network_input
+from .write import int8_nodes
 
 _SQNR_CAP_DB = 120.0  # about what float32 itself can hold
 
@@ -89,6 +93,11 @@ class AgreementTask:
         """Means of the columns, and the lowest cosine."""
         means = units.mean()
         return {"cosine": float(means["cosine"]), "cosine_min": float(units["cosine"].min()), **{name: float(means[name]) for name in units.columns if name != "cosine"}}
+
+    def slices(self) -> pd.DataFrame:
+        """One row per photo: light, "dark" below a mean gray of 85, "bright" from 170, else "medium"."""
+        gray = [(image if isinstance(image, np.ndarray) else decode(image)).mean() for image in self.samples]
+        return pd.DataFrame({"light": np.select([np.less(gray, 85), np.less(gray, 170)], ["dark", "medium"], "bright")})
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-17
 def unseen(photos: Sequence[str | Path], calibration: Sequence[str | Path]) -> list[Path]:
@@ -187,6 +196,26 @@ def verdict(drop: Drop, budget: float | None) -> str:
     return "over budget" if drop.low > budget else "undecided"
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-37
+def int8_share(path: str | Path) -> float:
+    """Share (0..1) of a model file's multiply-accumulates that read integers on both sides: 0 for a float model. Source: ours; QDQ as ONNX Runtime fuses it."""
+    import onnx
+
+    graph = Graph(onnx.load(str(path))).infer()
+    cost = macs(graph)
+    return float(cost.macs[cost.node.isin(int8_nodes(graph))].sum() / max(1, cost.macs.sum()))
+
+
+def worst_slice(task: Task, labels: pd.DataFrame, reference: pd.DataFrame, units: pd.DataFrame, *, least: int = 8) -> tuple[str, float]:
+    """"column: label" of the slice whose primary metric drops most, and that drop; `labels` has a row per unit. Slices of fewer than `least` units are left out; ("", NaN) when none is left. Source: ours."""
+    found = [("", np.nan)]
+    for column in labels:
+        for label, rows in labels.groupby(column, observed=True).indices.items():
+            if len(rows) >= least:
+                before, after = (task.metrics(table.iloc[rows].reset_index(drop=True))[task.primary] for table in (reference, units))
+                found.append((f"{column}: {label}", (before - after) * (1 if task.higher_is_better else -1)))
+    return max(found, key=lambda pair: -np.inf if np.isnan(pair[1]) else pair[1])
+
+
 @dataclass(frozen=True)
 class Comparison:
     """`table`: the float model's row, then one per INT8 model. `units`: scoring units by model name, "float" among them. Also the task's `primary` metric and the `budget`. Source: ours."""
@@ -209,9 +238,9 @@ def compare(
     latency_runs: int = 50,
     progress: bool = True,
 ) -> Comparison:
-    """Run float and INT8 models over a task; columns: model, the metrics, drop, drop_low, drop_high, verdict, size_mb, latency_ms, latency_iqr_ms, threads.
+    """Run float and INT8 models over a task; columns: model, the metrics, drop, drop_low, drop_high, verdict, int8_share, size_mb, latency_ms, latency_iqr_ms, threads.
 
-    `budget` is the largest acceptable drop of the primary metric; the interval is a 95 % paired bootstrap of that many resamples. Source: ours.
+    A task with a method `slices` (a label table, one row per unit) also gets worst_slice and worst_slice_drop. `budget` is the largest acceptable drop of the primary metric; the interval is a 95 % paired bootstrap of that many resamples. Source: ours.
     """
     if "float" in int8_models or not int8_models or not len(task.samples):
         raise InputError(f"{len(int8_models)} INT8 models {list(int8_models)}, {len(task.samples)} samples", expected='at least one of each, and no INT8 model named "float"')
@@ -219,19 +248,22 @@ def compare(
     sessions = {name: open_session(path, threads) for name, path in paths.items()}
     outputs = {name: run_model(session, task, progress=progress, desc=name) for name, session in sessions.items()}
     units = {name: task.units(out, outputs["float"]) for name, out in outputs.items()}
+    labels = task.slices() if hasattr(task, "slices") else pd.DataFrame(index=units["float"].index)
     times = latency(sessions, task.load(task.samples[0]), runs=latency_runs)
     rows = []
     for name, path in paths.items():
         row = {"model": name, **task.metrics(units[name])}
         if name == "float":
-            row |= {"drop": np.nan, "drop_low": np.nan, "drop_high": np.nan, "verdict": "reference"}
+            row |= {"drop": np.nan, "drop_low": np.nan, "drop_high": np.nan, "verdict": "reference"} | ({"worst_slice": "", "worst_slice_drop": np.nan} if len(labels.columns) else {})
         else:
             drop = paired_bootstrap(task, units["float"], units[name], resamples=bootstrap, seed=seed)
             row |= {"drop": drop.value, "drop_low": drop.low, "drop_high": drop.high, "verdict": verdict(drop, budget)}
-        rows.append(row | {"size_mb": path.stat().st_size / 1e6, **times.loc[name], "threads": threads})
+            if len(labels.columns):
+                row["worst_slice"], row["worst_slice_drop"] = worst_slice(task, labels, units["float"], units[name])
+        rows.append(row | {"int8_share": int8_share(path), "size_mb": path.stat().st_size / 1e6, **times.loc[name], "threads": threads})
     return Comparison(pd.DataFrame(rows), units, task.primary, budget)
 
-# %% ../../nbs/quant/47_evaluate.ipynb #cell-40
+# %% ../../nbs/quant/47_evaluate.ipynb #cell-42
 def plot_comparison(comparison: Comparison, ax=None):
     """Drop of the primary metric per INT8 model with its 95 % interval; a dashed line marks the budget. Returns the Axes. Source: ours."""
     import matplotlib.pyplot as plt

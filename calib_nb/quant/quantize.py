@@ -136,15 +136,17 @@ def quantize(
     *,
     profile: str | Profile = "ort-cpu",
     method: str = "minmax",
+    stats: str | Path | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
     """Write `output`, an INT8 QDQ ONNX model of the float `model`, with ranges measured on `images` (paths, or BGR uint8 arrays).
 
     `preprocess` takes a BGR uint8 array [H,W,3] to the model's float32 input [1,C,H,W]. `profile` says what the target can do, `method` is one of METHODS.
+    `stats` names a file (.npz) that keeps what was seen: photos that stand in it already are not run again, whatever the method. It belongs to one model, preprocessing and kind of weights.
     Raises `ModelError` for a model that cannot be quantized, `InputError` or `ImageError` for what else is wrong; then nothing is written. Source: Jacob et al. 2018.
     """
     method, images = require_known(method, METHODS, "calibration method"), list(images)
     target, history = start(model, images, output, profile)
     graph = device_graph(model, target)
-    stats = observe(graph, images, preprocess, progress=progress)
-    return finish(graph, bound_ranges(graph, ranges(stats, method)), target, output, {"method": method} | history, model)
+    seen = observe(graph, images, preprocess, journal=stats, progress=progress)
+    return finish(graph, bound_ranges(graph, ranges(seen, method)), target, output, {"method": method} | history, model)
