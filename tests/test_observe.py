@@ -430,3 +430,18 @@ def test_real_models(real_data, tmp_path, name):
         low, high = min(k[tensor].min() for k in kept), max(k[tensor].max() for k in kept)
         assert np.allclose([stats.min[stats.index(tensor)].min(), stats.max[stats.index(tensor)].max()], [low, high], rtol=1e-5, atol=1e-6 * max(abs(low), abs(high)))
         assert stats.histogram(tensor)[0].sum() == 3 * kept[0][tensor].size
+
+
+def test_no_kernel_writes_beyond_its_arrays(tmp_path):
+    """Ranges that grow to either side, one tensor or several, with every index checked."""
+    code = """
+import numpy as np
+from calib_nb.quant.stats import collect
+rng = np.random.default_rng(0)
+for reach in ((1, 2), (-1, 1), (-3, -2), (0, 1e-30), (-1e30, 1)):
+    photos = [(f"{k:02}", {"a": np.array([reach[0] * g, reach[1] * g], np.float32), "b": rng.normal(g, g, 40).astype(np.float32)}) for k, g in enumerate((1, 1.5, 0.1, 4, 4.0001, 900))]
+    stats = collect(photos, bins=16)
+    assert stats.counts.sum() == 6 * 42
+"""
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | checked, check=True, timeout=300)

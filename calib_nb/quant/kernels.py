@@ -160,8 +160,9 @@ def add(counts: np.ndarray, exponents: np.ndarray, firsts: np.ndarray, lows: np.
         if k != exponents[t] or first != firsts[t]:
             old = counts[t].copy()
             counts[t] = 0
-            if lows[t] <= highs[t]:
-                fold(old, exponents[t], firsts[t], capacity, counts[t], k, first)
+            if lows[t] <= highs[t]:  # only what is in use: the bins behind it may lie beyond the end of the new grid
+                filled = int(math.floor(math.ldexp(np.float64(highs[t]), -exponents[t]))) - firsts[t] + 1
+                fold(old, exponents[t], firsts[t], filled, counts[t], k, first)
         if more_lows[t] <= more_highs[t]:
             used = int(math.floor(math.ldexp(np.float64(more_highs[t]), -more_exponents[t]))) - more_firsts[t] + 1
             fold(more[t], more_exponents[t], more_firsts[t], used, counts[t], k, first)
