@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
+import calib_nb.commands.depth
 import calib_nb.commands.faces
 import calib_nb.commands.models
 import calib_nb.commands.npu
@@ -95,7 +96,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Add --debug to any command for a traceback.",
 )
 _parts = (calib_nb.commands.npu.app, calib_nb.commands.quant.app, _own)
-_groups = {"faces": calib_nb.commands.faces.app, "models": calib_nb.commands.models.app, "tags": calib_nb.commands.tags.app}  # whose commands stand behind a first word
+_groups = {"depth": calib_nb.commands.depth.app, "faces": calib_nb.commands.faces.app, "models": calib_nb.commands.models.app, "tags": calib_nb.commands.tags.app}  # whose commands stand behind a first word
 for _part in _parts:
     app.add_typer(_part)
 for _word, _group in _groups.items():

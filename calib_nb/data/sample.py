@@ -71,16 +71,17 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     return counts.tolist()
 
 
-def fill_bins(total: int, shares: Sequence[float], available: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(wanted, taken) per bin: `apportion`, cut to what is `available`, the shortfall shared out again among bins with rows left. Source: ours."""
+def fill_bins(total: int, shares: Sequence[float], available: Sequence[int], fill_from: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    """(wanted, taken) per bin: `apportion`, cut to what is `available`, the shortfall shared out again among bins with rows left: the bins numbered in `fill_from`, then all. Source: ours."""
     wanted = apportion(total, shares)
     taken = [min(w, a) for w, a in zip(wanted, available)]
-    while short := total - sum(taken):
-        open_bins = [i for i, share in enumerate(shares) if share > 0 and taken[i] < available[i]]
-        if not open_bins:
-            break
-        for i, extra in zip(open_bins, apportion(short, [shares[i] for i in open_bins])):
-            taken[i] += min(extra, available[i] - taken[i])
+    for group in (fill_from, range(len(shares))):
+        while short := total - sum(taken):
+            open_bins = [i for i in group if shares[i] > 0 and taken[i] < available[i]]
+            if not open_bins:
+                break
+            for i, extra in zip(open_bins, apportion(short, [shares[i] for i in open_bins])):
+                taken[i] += min(extra, available[i] - taken[i])
     return wanted, taken
 
 # %% ../../nbs/data/22_sample.ipynb #cell-17
@@ -111,12 +112,12 @@ def assign_bins(values: pd.Series, bins: Mapping | Sequence | None = None) -> tu
     return pd.Series(np.array(labels, object)[place], values.index).where(values.notna()), labels, f"{values.name}: {', '.join(beyond)}" if beyond else ""
 
 # %% ../../nbs/data/22_sample.ipynb #cell-21
-def take_bins(pool: pd.DataFrame, num_samples: int, bin_of: pd.Series, shares: Mapping[str, float], warnings: Sequence[str]) -> Selection:
-    """Take rows of `pool` bin by bin in the wanted shares (label: share); rows without a bin are counted as "(no bin)". Source: ours."""
+def take_bins(pool: pd.DataFrame, num_samples: int, bin_of: pd.Series, shares: Mapping[str, float], warnings: Sequence[str], fill_from: Sequence[str] = ()) -> Selection:
+    """Take rows of `pool` bin by bin in the wanted shares (label: share); rows without a bin are counted as "(no bin)". The bins in `fill_from` make up for short ones before others do. Source: ours."""
     available = [int((bin_of == label).sum()) for label in shares]
     if not sum(shares.values()) > 0:
         raise InputError(f"the shares {dict(shares)} are all zero", expected="at least one above zero")
-    wanted, taken = fill_bins(num_samples, list(shares.values()), available)
+    wanted, taken = fill_bins(num_samples, list(shares.values()), available, [list(shares).index(require_known(label, shares, "bin")) for label in fill_from])
     plan = plan_table(list(shares), wanted, available, taken)
     if lost := int(bin_of.isna().sum()):
         plan.loc[len(plan)] = ["(no bin)", 0, lost, 0, "not chosen"]
@@ -167,17 +168,19 @@ def checked_ratios(labels: Sequence[str], ratios: Mapping[str, float] | None) ->
 
 
 def stratified(pool: pd.DataFrame, num_samples: int, *, column: str = "luma_mean", bins: Mapping | Sequence | None = None,
-               ratios: Mapping[str, float] | None = None) -> Selection:
-    """Rows in the wanted `ratios` (label: share, sum 1; default equal) over the `bins` of `column`, see `assign_bins` and `fill_bins`. Source: ours."""
+               ratios: Mapping[str, float] | None = None, fill_from: Sequence[str] = ()) -> Selection:
+    """Rows in the wanted `ratios` (label: share, sum 1; default equal) over the `bins` of `column`, see `assign_bins` and `fill_bins`. fill_from: labels of the bins that make up for short ones
+    before the others do. Source: ours."""
     require_columns(pool, column)
     bin_of, labels, warning = assign_bins(pool[column], bins)
-    return take_bins(pool, num_samples, bin_of, checked_ratios(labels, ratios), [warning])
+    return take_bins(pool, num_samples, bin_of, checked_ratios(labels, ratios), [warning], fill_from)
 
 
 def balanced(pool: pd.DataFrame, num_samples: int, *, columns: Sequence[str] = ("luma_mean", "luma_std"), bins: Mapping | None = None,
-             weights: pd.DataFrame | Mapping | None = None) -> Selection:
+             weights: pd.DataFrame | Mapping | None = None, fill_from: Sequence[str] = ()) -> Selection:
     """`stratified` over the cells "a / b" of two columns. bins: {column: bins of that column}. weights: a DataFrame (or {a: {b: weight}}) with the bins of the
-    first column as index and of the second as columns, any weights >= 0, missing cells 0; default equal. Source: ours."""
+    first column as index and of the second as columns, any weights >= 0, missing cells 0; default equal. fill_from: bins of the first column that make up for short
+    cells before the others do. Source: ours."""
     if len(columns) != 2:
         raise InputError(f"balanced got {len(columns)} columns", expected="two", fix="use stratified for one column")
     require_columns(pool, *columns)
@@ -193,14 +196,15 @@ def balanced(pool: pd.DataFrame, num_samples: int, *, columns: Sequence[str] = (
     if (matrix < 0).any(axis=None):
         raise InputError("a weight is below zero", expected="weights from 0")
     cell = (first + " / " + second).where(first.notna() & second.notna())
-    return take_bins(pool, num_samples, cell, {f"{a} / {b}": float(matrix.loc[a, b]) for a in firsts for b in seconds}, [note1, note2])
+    shares = {f"{a} / {b}": float(matrix.loc[a, b]) for a in firsts for b in seconds}
+    return take_bins(pool, num_samples, cell, shares, [note1, note2], [f"{require_known(a, firsts, 'bin')} / {b}" for a in fill_from for b in seconds])
 
 
 def quality_quotas(pool: pd.DataFrame, num_samples: int, *, quotas: Mapping[str, float] | None = None, bins: Mapping | None = None) -> Selection:
     """`stratified` by `quality`: default 70 % good (60 and more), 20 % middling (40 to 60), 10 % poor (below 40). quotas: {stratum: share}, sum 1. Source: ours."""
     return stratified(pool, num_samples, column="quality", bins=bins or QUALITY_STRATA, ratios=quotas or DEFAULT_QUOTAS)
 
-# %% ../../nbs/data/22_sample.ipynb #cell-32
+# %% ../../nbs/data/22_sample.ipynb #cell-33
 STRATEGIES: dict[str, Callable[..., Selection]] = {
     "quality_mix": quality_mix, "stratified": stratified, "balanced": balanced, "quotas": quality_quotas, "random": random_rows,
 }
