@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 import calib_nb.commands.depth
+import calib_nb.commands.depth_model
 import calib_nb.commands.faces
 import calib_nb.commands.models
 import calib_nb.commands.npu
@@ -97,6 +98,7 @@ app = typer.Typer(
 )
 _parts = (calib_nb.commands.npu.app, calib_nb.commands.quant.app, _own)
 _groups = {"depth": calib_nb.commands.depth.app, "faces": calib_nb.commands.faces.app, "models": calib_nb.commands.models.app, "tags": calib_nb.commands.tags.app}  # whose commands stand behind a first word
+_groups["depth"].registered_commands.extend(calib_nb.commands.depth_model.app.registered_commands)  # one word for the set and for the network
 for _part in _parts:
     app.add_typer(_part)
 for _word, _group in _groups.items():
