@@ -6,9 +6,6 @@
 __all__ = ['VARIANTS', 'Variant', 'edgeface', 'flops_table', 'read_checkpoint', 'load_checkpoint', 'export_onnx']
 
 # %% ../../nbs/faces/66_edgeface.ipynb #cell-2
-import contextlib
-import io
-import logging
 import re
 import warnings
 from collections import OrderedDict
@@ -16,12 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..core.errors import ModelError, require_known
-from ..core.run import atomic_file
-from ..npu.contract import open_session
+from ..npu import export
 
 # %% ../../nbs/faces/66_edgeface.ipynb #cell-7
 _SIDE, _NUMBERS = 112, 512  # pixels of a crop's side, numbers of an embedding
@@ -146,25 +141,5 @@ def _difference(found: dict, wanted: dict) -> str:
 
 # %% ../../nbs/faces/66_edgeface.ipynb #cell-26
 def export_onnx(module, path: str | Path, *, dynamic_batch: bool = False, opset: int = 17) -> Path:
-    """Write an `edgeface` as ONNX: "input" float [1,3,112,112] (or [batch,3,112,112]) -> "embedding" [1,512]; within 1e-4 of torch, or `ModelError`. Source: torch.onnx.export."""
-    import torch
-
-    path, crops = Path(path), torch.rand(3, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    names = {"input_names": ["input"], "output_names": ["embedding"], "opset_version": opset}
-    axes = {"dynamic_axes": {"input": {0: "batch"}, "embedding": {0: "batch"}}} if dynamic_batch else {}
-    module, written = module.eval(), io.BytesIO()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, (crops[:1],), written, dynamo=False, **names, **axes)  # the older exporter: no further package, the same bytes on every call
-        batches = [crops[:1], crops] if dynamic_batch else [crops[:1]]
-        wanted = [module(batch).numpy() for batch in batches]
-    with atomic_file(path, "wb") as f:
-        f.write(written.getvalue())
-        f.flush()
-        session = open_session(f.name)
-        for batch, embeddings in zip(batches, wanted):
-            difference = np.abs(session.run(None, {"input": batch.numpy()})[0] - embeddings).max()
-            if not difference <= 1e-4 * max(1, np.abs(embeddings).max()):
-                raise ModelError(f"the exported {path.name} differs from the torch module by {difference:.2g}", expected="at most 1e-4", fix="is every weight a finite number?")
-    return path
+    """Write an `edgeface` as ONNX: "input" float [1,3,112,112] (or [batch,3,112,112]) -> "embedding" [1,512]; within 1e-4 of torch, or `ModelError`. Source: `npu.export.export_onnx`."""
+    return export.export_onnx(module, path, (_SIDE, _SIDE), outputs=("embedding",), opset=opset, dynamic_batch=dynamic_batch)

@@ -20,30 +20,37 @@ from ..core.errors import InputError, ModelError
 from .contract import open_session
 
 # %% ../../nbs/npu/34_export.ipynb #cell-7
-def export_onnx(module, path: str | Path, size: tuple[int, int], *, outputs: Sequence[str] = ("output",), opset: int = 17, tolerance: float = 1e-4) -> Path:
+def _compare(session, x: np.ndarray, wanted: Sequence[np.ndarray], outputs: Sequence[str], file: str, tolerance: float) -> None:
+    """`ModelError` unless the session gives `wanted` for `x`."""
+    for name, got, want in zip(outputs, session.run(list(outputs), {"input": x}), wanted, strict=True):
+        difference = np.abs(got - want).max() if got.shape == want.shape else np.inf
+        if not difference <= tolerance * max(1, np.abs(want).max()):
+            raise ModelError(f"output '{name}' of the exported {file} differs from the torch module by {difference:.2g}", expected=f"at most {tolerance:g} of its largest value")
+
+
+def export_onnx(module, path: str | Path, size: tuple[int, int], *, outputs: Sequence[str] = ("output",), opset: int = 17, tolerance: float = 1e-4, dynamic_batch: bool = False) -> Path:
     """Write a torch module (RGB float32 [1,3,H,W] -> one tensor per name in `outputs`) for inputs of `size` (width, height) as the ONNX file `path`, its input named "input".
 
-    Outputs equal torch's within `tolerance` times max(1, the largest value), or it is a `ModelError` and no file is left. Source: torch.onnx.export.
+    With `dynamic_batch` the first axis of every tensor is open, under the name "batch". Outputs equal torch's within `tolerance` times max(1, the largest value), or it is a `ModelError` and no file is left. Source: torch.onnx.export.
     """
     import torch
 
     path, (width, height) = Path(path), size
     if width < 1 or height < 1 or not outputs:
         raise InputError(f"size {width}x{height}, outputs {list(outputs)}", expected="a width and height in pixels, and a name per output")
-    example = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    examples = torch.randn(3 if dynamic_batch else 1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    axes = {name: {0: "batch"} for name in ["input", *outputs]} if dynamic_batch else None
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp.onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(module.eval(), (example,), str(partial), input_names=["input"], output_names=list(outputs), opset_version=opset, dynamo=False)
-            wanted = module(example)
-        wanted = [w.numpy() for w in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        for name, got, want in zip(outputs, open_session(partial).run(list(outputs), {"input": example.numpy()}), wanted, strict=True):
-            difference = np.abs(got - want).max()
-            if not difference <= tolerance * max(1, np.abs(want).max()):
-                raise ModelError(f"output '{name}' of the exported {path.name} differs from the torch module by {difference:.2g}", expected=f"at most {tolerance:g} of its largest value")
+            torch.onnx.export(module.eval(), (examples[:1],), str(partial), input_names=["input"], output_names=list(outputs), opset_version=opset, dynamic_axes=axes, dynamo=False)
+            session = open_session(partial)
+            for example in [examples[:1], examples][: 1 + dynamic_batch]:
+                wanted = module(example)
+                _compare(session, example.numpy(), [w.numpy() for w in (wanted if isinstance(wanted, list | tuple) else [wanted])], outputs, path.name, tolerance)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
