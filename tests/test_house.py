@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 TASKS = ("depth", "tags", "faces")
 # Wholly about torch modules, and imported by nothing on the way to `calib-nb --help`.
-TORCH_MODULES = {"core.resnet", "depth.losses", "depth.network", "depth.train", "depth.unequal", "faces.edgenext"}
+TORCH_MODULES = {"core.resnet", "depth.losses", "depth.network", "depth.train", "depth.unequal", "faces.edgenext", "tags.lsq"}
 SOURCES = sorted(p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
 RUNNABLE = sorted(p for folder in ("reports", "explore", "benchmarks") for p in (NBS / folder).glob("*.ipynb"))
 EVERY = [*SOURCES, *RUNNABLE, NBS / "index.ipynb"]

@@ -81,7 +81,7 @@ def photo_fault(path: str | Path, check: str = "decode") -> tuple[str, str]:
     try:
         CHECKS[require_known(check, CHECKS, "check")](path)
     except ImageError as e:
-        return "missing image" if e.reason == "missing" else "damaged image", f"{e.reason}: {e.what.removeprefix(str(path)).strip()}"
+        return "missing image" if e.reason == "missing" else "damaged image", f"{e.reason}: {e.what.replace(str(path), Path(path).name)}"
     return "", ""
 
 # %% ../../nbs/tags/51_coco.ipynb #cell-13

@@ -67,7 +67,7 @@ class ResumingDownloader:
         with requests.get(url, headers={"Range": f"bytes={done}-"} if done else {}, stream=True, timeout=60) as response:
             response.raise_for_status()
             done = done if response.status_code == 206 else 0
-            with open(self.part, "ab" if done else "wb") as f, tqdm(total=self.size, initial=done, desc=Path(url).name, unit="B", unit_scale=True, disable=not self.progress) as bar:
+            with open(self.part, "ab" if done else "wb") as f, tqdm(total=self.size, initial=done, desc=Path(url).name, unit="B", unit_scale=True, **({} if self.progress else {"disable": True})) as bar:
                 for chunk in response.iter_content(1 << 16):  # a broken line loses the chunk that it breaks in
                     f.write(chunk)
                     bar.update(len(chunk))
@@ -78,7 +78,7 @@ def unpack(archive: str | Path, folder: str | Path, *, progress: bool = True) ->
     folder = Path(folder)
     try:
         with zipfile.ZipFile(archive) as z, atomic_folder(folder) as new:
-            for member in tqdm(z.infolist(), desc=folder.name, unit="file", disable=not progress):
+            for member in tqdm(z.infolist(), desc=folder.name, unit="file", **({} if progress else {"disable": True})):
                 parts = PurePosixPath(member.filename).parts
                 if ".." in parts or parts[:1] != (folder.name,):
                     raise InputError(f"{archive} holds '{member.filename}'", expected=f"files in {folder.name}/ only")

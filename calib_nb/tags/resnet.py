@@ -78,11 +78,12 @@ def load_imagenet(module, path: str | Path) -> list[str]:
 
 # %% ../../nbs/tags/52_resnet.ipynb #cell-13
 def save_tagger(path: str | Path, spec: TaggerSpec, module, **more) -> Path:
-    """Write a checkpoint: format, spec, state (the module's state dict) and `more` (tensors and plain values), atomically. Source: ours, torch.save."""
+    """Write a checkpoint: format, spec, state (the module's state dict), lsq (the settings of a network with learned steps) and `more` (tensors and plain values), atomically. Source: ours, torch.save."""
     import torch
 
+    lsq = getattr(module, "meta", {}).get("lsq")  # of a network that `prepare_lsq` made
     with atomic_file(path, "wb") as f:
-        torch.save({"format": _FORMAT, "spec": dataclasses.asdict(spec) | {"classes": list(spec.classes)}, "state": module.state_dict(), **more}, f)
+        torch.save({"format": _FORMAT, "spec": dataclasses.asdict(spec) | {"classes": list(spec.classes)}, "state": module.state_dict(), **({"lsq": lsq} if lsq else {}), **more}, f)
     return Path(path)
 
 
@@ -103,6 +104,10 @@ def load_tagger(path: str | Path) -> tuple:
     spec = tagger_spec(checkpoint, path)
     try:
         module = build_tagger(spec)
+        if "lsq" in checkpoint:
+            from calib_nb.tags.lsq import prepare_lsq
+
+            module = prepare_lsq(module, **checkpoint["lsq"])
         module.load_state_dict(checkpoint["state"])
     except (RuntimeError, TypeError, InputError) as e:
         raise ModelError(f"{path}: its weights do not fit its spec: {str(e).splitlines()[0]}", fix="train it again") from e

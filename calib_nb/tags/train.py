@@ -155,7 +155,7 @@ class Trainer:
 
         self.batches.epoch = self.epoch  # before the loader's workers begin to fetch
         losses, pieces = [], iter(self.loader)
-        bar = tqdm(range(self.steps_per_epoch), desc=f"epoch {self.epoch + 1}/{self.config.epochs}", unit="batch", disable=not self.progress)
+        bar = tqdm(range(self.steps_per_epoch), desc=f"epoch {self.epoch + 1}/{self.config.epochs}", unit="batch", **({} if self.progress else {"disable": True}))
         for k in bar:
             step = self.epoch * self.steps_per_epoch + k
             for parameters in self.optimizer.param_groups:

@@ -1,0 +1,141 @@
+"""Files for phones: run in ExecuTorch right after export, equal to torch, refused with a word on what is missing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.resnet import resnet
+from calib_nb.core.run import sha256_file
+from calib_nb.data.demo_tags import tagged_photos
+from calib_nb.tags.coco import load_coco
+from calib_nb.tags.evaluate import evaluate_tagger, open_tagger
+from calib_nb.tags.lsq import prepare_lsq
+from calib_nb.tags.resnet import TaggerSpec, save_tagger
+
+pytest.importorskip("executorch", reason="the extra executorch is not installed: pip install 'calib-nb[executorch]'")
+
+from calib_nb.tags.convert import integer_program, output_steps, settled
+from calib_nb.tags.export import calibration_photos, export_checkpoint
+from calib_nb.tags.pte import BACKENDS, PteSession, check_pte, partitioner, write_pte
+
+SPEC = TaggerSpec("resnet18", ("disc", "square", "triangle"), 8, 32, 0.8)
+
+
+def network():
+    torch.manual_seed(0)
+    made = resnet("resnet18", 3, width=8).eval()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.weight.data.uniform_(0.2, 0.4)
+            module.bias.data.normal_(0, 0.1)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("export")
+    tagged_photos(folder / "photos", 24, size=40, classes=3)
+    save_tagger(folder / "float.pth", SPEC, network())
+    save_tagger(folder / "learned.pth", SPEC, prepare_lsq(network(), torch.randn(4, 3, 32, 32)))
+    return folder
+
+
+def steps_apart(net, tmp_path, **steps):
+    x = torch.randn(12, 3, 48, 48)
+    module = settled(prepare_lsq(net, x, **steps))
+    session = PteSession(write_pte(integer_program(module, 48), tmp_path / "a.pte"))
+    outputs = np.concatenate([session.run(None, {"input": one[None].numpy()})[0] for one in x])
+    return output_steps(module, x, outputs).max()
+
+
+@pytest.mark.parametrize("steps", [{}, pytest.param({"per_channel": False}, marks=pytest.mark.slow), pytest.param({"weight_bits": 4}, marks=pytest.mark.slow)])
+def test_a_pte_with_learned_steps_is_within_one_step_of_torch_on_every_photo(steps, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    assert steps_apart(net, tmp_path, **steps) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [{}, {"per_channel": False}, {"weight_bits": 4}])
+def test_a_resnet_with_learned_steps_is_within_one_step_too(steps, tmp_path):
+    assert steps_apart(network(), tmp_path, **steps) <= 1
+
+
+@pytest.mark.parametrize("mode", ["fp32", pytest.param("int8", marks=pytest.mark.slow), pytest.param("qat", marks=pytest.mark.slow)])
+def test_export_writes_both_files_and_they_agree(mode, files, tmp_path):
+    checkpoint = files / ("learned.pth" if mode == "qat" else "float.pth")
+    done = export_checkpoint(checkpoint, tmp_path, mode=mode, photos=files / "photos/images", calibration_samples=6)
+    assert done.pte.name == f"resnet18_multilabel_{mode}_xnnpack.pte" and done.onnx.suffix == ".onnx"
+    tags = load_coco(files / "photos/instances.json", progress=False)
+    opened = [open_tagger(path) for path in (checkpoint, done.pte, done.onnx)]
+    assert all(t.classes == SPEC.classes and t.preprocess == SPEC.preprocess() for t in opened)
+    scores = [evaluate_tagger(t, tags, latency_runs=1, progress=False).map for t in opened]
+    assert np.ptp(scores) < (1e-6 if mode == "fp32" else 0.1)
+    if mode != "fp32":
+        assert done.pte.stat().st_size < 0.5 * (tmp_path.parent / checkpoint).stat().st_size
+
+
+def test_the_file_that_differs_is_not_kept(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    written = write_pte(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), tmp_path / "a.pte")
+    with pytest.raises(ModelError, match="differs from the torch module"):
+        check_pte(written, [(np.zeros((1, 3, 8, 8), np.float32), np.full((1, 3), 9.0))], tolerance=0.01)
+    assert not written.exists()
+
+
+@pytest.mark.parametrize("backend", ["samsung", "mediatek"])
+def test_a_backend_without_its_tools_says_what_to_install(backend, files, tmp_path):
+    with pytest.raises(InputError, match="SDK") as told:
+        export_checkpoint(files / "float.pth", tmp_path / "out", backend=backend)
+    assert "NNAPI" in str(told.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_portable_needs_no_backend(files, tmp_path):
+    assert partitioner("portable") == [] and set(BACKENDS) == {"xnnpack", "portable", "vulkan", "samsung", "qualcomm", "mediatek"}
+    assert export_checkpoint(files / "float.pth", tmp_path, backend="portable").difference < 1e-3
+
+
+def test_bad_input(files, tmp_path):
+    (tmp_path / "damaged.pte").write_bytes((b"\0" * 8) + b"nonsense")
+    for path, message in ((tmp_path / "damaged.pte", "cannot be run"), (tmp_path / "none.pte", "no such file")):
+        with pytest.raises(ModelError, match=message):
+            open_tagger(path)
+    with pytest.raises(InputError, match="no calibration photos"):
+        export_checkpoint(files / "float.pth", tmp_path, mode="int8")
+    with pytest.raises(ModelError, match="learned steps"):
+        export_checkpoint(files / "learned.pth", tmp_path, mode="int8", photos=files)
+
+
+def test_calibration_photos_are_the_products_own_choice(files):
+    first, second = (calibration_photos(files / "photos/images", 5, progress=False) for _ in range(2))
+    assert first == second and len({sha256_file(p) for p in first}) == 5
+
+
+@pytest.mark.slow
+def test_the_command_line(files, tmp_path):
+    from calib_nb.commands.tags import app
+
+    done = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "learned.pth"), "--qat", "--model", "resnet18", "--output", str(tmp_path)])
+    assert done.exit_code == 0 and "off from torch by" in done.output and "NNAPI through ONNX Runtime Mobile" in done.output, done.exception
+    pte = tmp_path / "resnet18_multilabel_qat_xnnpack.pte"
+    assert json.loads(PteSession(pte).notes["tagger"])["classes"] == list(SPEC.classes)
+    said = CliRunner().invoke(app, ["predict", str(files / "photos/images/000001.jpg"), "--pte", str(pte), "--threshold", "0"])
+    assert said.exit_code == 0 and "disc" in said.output
+    wrong = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "float.pth"), "--int8", "--qat"])
+    assert wrong.exception.exit_code == 2
