@@ -16,7 +16,7 @@ import typer
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Choose the images that calibrate a depth network, from a data set in the NCDB layout.\n\nThe usual order: **metadata** measures every frame, **split** chooses by depth, **copy** brings the images into one folder, **analyze** shows the chosen against the pool. Then `calib-nb config --model-type depth` and `calib-nb quantize`. **train**, **evaluate** and **compare** are about the network.",
+    help="Depth networks on data sets in the NCDB layout: choose what calibrates one, train one, and say what INT8 costs.\n\nTo calibrate: **metadata** measures every frame, **split** chooses by depth, **copy** brings the images into one folder, **analyze** shows the chosen against the pool. Then `calib-nb config --model-type depth` and `calib-nb quantize`. **train**, **evaluate** and **compare** are about the network.",
     epilog="Example: calib-nb depth metadata --dataset-root ROOT --output m.csv; calib-nb depth split --metadata m.csv --output s.json; calib-nb depth copy --dataset-root ROOT --calibration-split s.json --output-dir calibration",
 )
 
