@@ -20,3 +20,14 @@ def real_data() -> Path:
     if not folder or not Path(folder, "lfw", "images").is_dir():
         pytest.skip("real models and photos: set CALIB_NB_DATA to the folder that holds lfw/, faces_multi/ and models/")
     return Path(folder).resolve()
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: sums do not depend on how busy the machine is, and small networks are no slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

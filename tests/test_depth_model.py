@@ -38,14 +38,7 @@ from calib_nb.npu.export import export_onnx
 from calib_nb.quant.evaluate import Task, compare, run_model
 from calib_nb.quant.quantize import quantize
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums do not depend on how busy the machine is, and small networks are no slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Ramps:

@@ -20,13 +20,7 @@ from calib_nb.tags.qat import QatConfig, train_qat
 from calib_nb.tags.resnet import load_tagger
 from calib_nb.tags.train import Trainer, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(name="resnet18", width=8):

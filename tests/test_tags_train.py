@@ -33,12 +33,7 @@ def photos(tmp_path_factory):
     return tagged_photos(tmp_path_factory.mktemp("photos") / "set", 72, size=40, classes=3, seed=9)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(photos, output, **more):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .detect import STRIDES
+from .detect import STRIDES, YUNET_OUTPUTS
 from ..npu.contract import read_contract
 from ..quant.sensitivity import Noise, Outputs, noise_shares
 
@@ -46,4 +46,4 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> Noise:
 def noise_for(model: str | Path) -> Noise:
     """The `Noise` that suits an ONNX file: `face_noise` when it has the twelve outputs of a YuNet, else `noise_shares`. Source: ours."""
     names = [o.name for o in read_contract(model).outputs]
-    return face_noise(names) if {f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in STRIDES} <= set(names) else noise_shares
+    return face_noise(names) if set(YUNET_OUTPUTS) <= set(names) else noise_shares

@@ -21,10 +21,9 @@ from ..core.errors import InputError, ModelError
 from ..core.run import sha256_file
 from ..data.images import decode
 from ..npu.contract import open_session
-from .graph import macs
 from .nodes import Graph
 from .observe import network_input
-from .write import int8_nodes
+from .write import coverage
 
 _SQNR_CAP_DB = 120.0  # about what float32 itself can hold
 
@@ -201,8 +200,7 @@ def int8_share(path: str | Path) -> float:
     import onnx
 
     graph = Graph(onnx.load(str(path))).infer()
-    cost = macs(graph)
-    return float(cost.macs[cost.node.isin(int8_nodes(graph))].sum() / max(1, cost.macs.sum()))
+    return coverage(graph, graph)
 
 
 def worst_slice(task: Task, labels: pd.DataFrame, reference: pd.DataFrame, units: pd.DataFrame, *, least: int = 8) -> tuple[str, float]:
