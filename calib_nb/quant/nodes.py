@@ -16,6 +16,7 @@ from ..core.run import atomic_file
 from ..npu.contract import read_contract, single_input
 
 OPSETS = range(9, 24)  # older ones name operators that no converter knows; newer ones have not been tried
+_READ_BY_SHAPES = 1024  # floats: as many may stand in a tensor whose values decide a shape (scales of Resize); larger ones are weights
 
 # %% ../../nbs/quant/39_nodes.ipynb #cell-8
 def attribute(node, name: str, default=None):
@@ -164,13 +165,21 @@ class Graph:
         return next(k for k, n in enumerate(self.nodes) if n is node or n.output == node.output)
 
     def infer(self) -> "Graph":
-        """Infer every shape anew, with ONNX and, where ONNX does not know, with one run of the model; nodes taken before are no longer its nodes. Returns itself."""
+        """Infer every shape anew, with ONNX and, where ONNX does not know, with one run of the model. Returns itself."""
         import onnx
 
         del self.model.graph.value_info[:]
         for out in self.model.graph.output:
             out.type.tensor_type.ClearField("shape")
-        self.model.CopyFrom(onnx.shape_inference.infer_shapes(self.model, data_prop=True))
+        bare = type(self.model)()
+        bare.CopyFrom(self.model)
+        for weight in bare.graph.initializer:
+            if weight.data_type == onnx.TensorProto.FLOAT and np.prod(weight.dims) > _READ_BY_SHAPES:
+                weight.ClearField("raw_data"), weight.ClearField("float_data")
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+        for kind in ("value_info", "output"):
+            del getattr(self.model.graph, kind)[:]
+            getattr(self.model.graph, kind).extend(getattr(inferred, kind))
         self.changed()
         unknown = [out for n in self.nodes for out in n.output if out and self.shape(out) is None]
         if unknown and len(self.inputs) == 1 and self.shape(self.inputs[0]):
