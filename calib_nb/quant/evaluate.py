@@ -276,6 +276,7 @@ def plot_comparison(comparison: Comparison, ax=None):
         ax.axvline(comparison.budget, ls="--", lw=1, color="#1d2733")
         ax.annotate(f"budget {comparison.budget:g}", (comparison.budget, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points", va="top", fontsize=8)
     ax.axvline(0, lw=0.8, color="#a8b3c0")
+    ax.locator_params(axis="x", nbins=6)
     ax.set_yticks(range(len(rows)), rows.model)
     ax.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"drop in {comparison.primary} against float (95 % interval)")
     ax.spines[["top", "right"]].set_visible(False)
