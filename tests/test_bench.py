@@ -13,16 +13,19 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.cli import main
 from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.run import sha256_file
 from calib_nb.faces.bench import bench, pair_metrics, read_methods, used
 from calib_nb.faces.demo_models import demo_detector, demo_embedder, demo_lfw
 from calib_nb.faces.detectors import FaceDetector
-from calib_nb.faces.embed import Embedder, embed_photos
-from calib_nb.faces.verification import accuracy_kfold, kfold_right, read_pairs
+from calib_nb.faces.edgeface import edgeface
+from calib_nb.faces.embed import Embedder, embed_photos, onnx_file
+from calib_nb.faces.verification import accuracy_kfold, kfold_right, kfold_thresholds, read_pairs
 from calib_nb.npu.contract import fix_batch
 
 
@@ -86,7 +89,7 @@ def test_ten_folds_are_the_official_definition(draw_same, values):
         others = np.array([((s >= t) == same)[fold != k].sum() for t in tried])
         best = np.flatnonzero(others == others.max())
         right[fold == k] = ((s >= tried[best[(len(best) - 1) // 2]]) == same)[fold == k]
-    assert np.array_equal(kfold_right(s, same, fold), right)
+    assert np.array_equal(kfold_right(s, same, fold), right) and np.array_equal((s >= kfold_thresholds(s, same, fold)) == same, right)
     assert np.allclose(accuracy_kfold(s, same, fold), [right[fold == k].mean() for k in range(10)])
     assert np.isclose(pair_metrics(s, same, fold, resamples=5)["accuracy"], np.mean([right[fold == k].mean() for k in range(10)]))
 
@@ -167,6 +170,69 @@ def test_a_killed_run_goes_on_where_it_stopped(small, tmp_path):
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
+def test_what_was_replaced_under_its_name_is_not_taken_from_the_journal(small, tmp_path, monkeypatch):
+    """A photo, a detector or a network of other content, of the same name, size and time: all is seen anew; the same content of another time is not."""
+    seen, find = [], FaceDetector.find
+    monkeypatch.setattr(FaceDetector, "find", lambda self, image, order=None: seen.append(1) or find(self, image, order))
+    images = Path(shutil.copytree(small[0], tmp_path / "images"))
+    detector, network = (Path(shutil.copy2(file, tmp_path / file.name)) for file in (demo_detector(), demo_embedder()))
+    lines, few = small[1].read_text().splitlines(), tmp_path / "pairs.txt"
+    few.write_text("\n".join(["4", *lines[1:5], *lines[41:45]]))
+
+    def seen_now():
+        before = len(seen)
+        bench(images, few, {"demo": ("yunet", detector)}, {"network": network}, tmp_path / "out", progress=False, bootstrap=20, samples=1, worst=1)
+        return len(seen) - before
+
+    def replace(file, old, new):
+        before, content = file.stat(), file.read_bytes()
+        assert old in content and len(old) == len(new)
+        file.write_bytes(content.replace(old, new, 1))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+    pairs = read_pairs(few, images).photos
+    photos, photo = len(pairs), images / pairs[0]
+    assert seen_now() == photos and seen_now() == 0
+    with open(tmp_path / "out" / "journals" / "demo.jsonl") as f:
+        assert len(f.readline()) < 4000  # however many photos: a journal's first line is read to a limit
+    os.utime(photo, (1, 1))
+    assert seen_now() == 0
+    for file, old, new in ((photo, b"JFIF", b"JFIX"), (detector, b"pytorch", b"pytorcH"), (network, b"pytorch", b"pytorcH")):  # of the models, the name of their maker
+        replace(file, old, new)
+        assert seen_now() == photos and seen_now() == 0, file.name
+
+
+def test_a_checkpoint_is_exported_to_the_same_bytes_again(tmp_path):
+    """The journal knows a .pt file by the ONNX file that is written for it in every run."""
+    torch.save(edgeface("xxs").state_dict(), tmp_path / "network.pt")
+    first, again = (onnx_file(tmp_path / "network.pt", tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert first == again
+
+
+def test_samples_are_of_the_same_photos_for_every_detector(small, tmp_path, monkeypatch):
+    """A second detector that is blind to every other photo: what is laid side by side is what both found."""
+    init, find, count = FaceDetector.__init__, FaceDetector.find, []
+    blind = Path(shutil.copy(demo_detector(), tmp_path / "blind.onnx"))
+
+    def remember(self, *a, **k):
+        init(self, *a, **k)
+        self.blind = k["model"] == blind
+
+    def half(self, image, order=None):
+        count.append(1)
+        return find(self, image, order)[: 0 if self.blind and len(count) % 2 else None]
+
+    monkeypatch.setattr(FaceDetector, "__init__", remember)
+    monkeypatch.setattr(FaceDetector, "find", half)
+    result = bench(*small, DEMO | {"blind": ("yunet", blind)}, [demo_embedder()], tmp_path / "out", progress=False, bootstrap=20, samples=5, workers=1)
+    names = [{p.name for p in (tmp_path / "out" / "aligned" / d).iterdir()} for d in ("demo", "blind")]
+    assert result.main.faces[1] <= result.main.faces[0] / 2 + 1 and names[0] == names[1] and len(names[0]) == 5
+    found = result.seen["blind"].photos.state
+    assert all(found[photo] == "face" for photo in found.index if Path(photo).name in names[0])
+    assert cv2.imread(str(tmp_path / "out" / "aligned" / "sheet.jpg")).shape[1] == 5 * 114 + 2
+
+
 def test_photos_at_fault_are_counted_and_named_and_the_run_goes_on(small, tmp_path, caplog):
     images = Path(shutil.copytree(small[0], tmp_path / "images"))
     who = sorted(p.name for p in images.iterdir())[:5]
@@ -190,6 +256,7 @@ def test_photos_at_fault_are_counted_and_named_and_the_run_goes_on(small, tmp_pa
     listed = pd.read_csv(tmp_path / "out" / "photos.csv", keep_default_na=False).set_index("photo")
     assert "no image that can be read" in listed.reason[files[2].relative_to(images).as_posix()]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["parameters"]["methods"] == {"demo": ["yunet", sha256_file(demo_detector())]}
     assert manifest["missing"] == list(result.pairs.missing) and len(manifest["malformed"]) == 1
     assert all(len(used(units, "exclude")) == exclude.pairs for units in result.scored.values())
 
@@ -254,8 +321,22 @@ def test_a_fault_of_the_network_stops_the_run(small):
 
 
 @pytest.mark.slow
-def test_devtest_with_yunet(real_data, tmp_path):
+def test_devtest_with_yunet_and_a_checkpoint(real_data, tmp_path):
     models = [real_data / "models" / "edgeface_xxs_q_dequant.onnx", real_data / "models" / "edgeface_xxs_q.pt"]
     result = bench(real_data / "lfw" / "images", real_data / "lfw" / "pairsDevTest.txt", ["yunet"], models, tmp_path, models_dir=real_data / "models", progress=False)
     assert (result.main.accuracy >= 0.99).all() and result.main.detection_rate[0] > 0.999
     assert np.allclose(*(units.similarity for units in result.scored.values()), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_devtest_with_the_others_and_their_crops_look_alike(real_data, tmp_path):
+    names = ["retinaface", "scrfd", "yolov5_face", "yolov8"]
+    result = bench(real_data / "lfw" / "images", real_data / "lfw" / "pairsDevTest.txt", names, [real_data / "models" / "edgeface_xxs_q_dequant.onnx"], tmp_path, models_dir=real_data / "models", progress=False, samples=40)
+    assert (result.main.accuracy >= 0.99).all() and (result.main.detection_rate >= 0.98).all()
+    photos = sorted(p.name for p in (tmp_path / "aligned" / "scrfd").iterdir())
+    crops = np.stack([[cv2.imread(str(tmp_path / "aligned" / name / photo), 0).ravel() for photo in photos] for name in names]).astype(float)
+    crops = (crops - crops.mean(axis=2, keepdims=True)) / crops.std(axis=2, keepdims=True)
+    alike = np.einsum("apx,bqx->abpq", crops, crops) / crops.shape[2]  # correlation of every two crops, by detectors and photos
+    pairs = ~np.eye(len(names), dtype=bool)
+    assert len(photos) == 40 and np.median(np.diagonal(alike, axis1=2, axis2=3)[pairs]) > 0.9
+    assert (alike.argmax(axis=3) == np.arange(40))[pairs].mean() > 0.99  # what is most like a crop among another detector's is its own photo

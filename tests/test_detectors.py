@@ -28,7 +28,7 @@ from calib_nb.faces.decoders import (
 )  # fmt: skip
 from calib_nb.faces.detect import Faces, OnnxDetector, box_iou, encode_yunet, letterbox, letterbox_offset, letterbox_scale, suppress
 from calib_nb.faces.detectors import METHODS, FaceDetector, available, read_image
-from calib_nb.faces.landmarks import box_to_input, decode_simcc, points_from_106, points_from_mesh, points_from_six
+from calib_nb.faces.landmarks import RtmposeFaces, box_to_input, decode_simcc, points_from_106, points_from_mesh, points_from_six
 from calib_nb.faces.mtcnn import (
     Mtcnn,
     cut_crops,
@@ -436,11 +436,52 @@ def test_rtmpose_on_the_boxes_of_another(tmp_path, crowd):
     model = constant_model(tmp_path / "pose.onnx", {"simcc_x": middle, "simcc_y": middle}, (64, 64))
     detector = FaceDetector.__new__(FaceDetector)
     pose = FaceDetector("yunet", model=crowd)
-    from calib_nb.faces.landmarks import RtmposeFaces
-
     detector.name, detector._engine = "rtmpose", RtmposeFaces(model, pose._engine)
     boxes, points = detector.detect_faces(np.zeros((640, 640, 3), np.uint8), "bgr")
     assert len(boxes) == 200 and np.allclose(points, ((boxes[:, :2] + boxes[:, 2:4]) / 2)[:, None], atol=1e-3)
+
+
+def brightest_model(path, size=256, points=106):
+    """A graph of RTMPose's published shapes (input [1,3,256,256], simcc_x and simcc_y [1,106,512]) that marks the brightest pixel with every point."""
+    nodes = [helper.make_node("ReduceMax", ["input"], ["bright"], axes=[1], keepdims=0)]
+    for name, axis in (("x", 1), ("y", 2)):
+        nodes += [
+            helper.make_node("ReduceMax", ["bright"], [f"{name}_row"], axes=[axis], keepdims=0),
+            helper.make_node("Unsqueeze", [f"{name}_row", "last"], [f"{name}_one"]),
+            helper.make_node("Concat", [f"{name}_one", f"{name}_one"], [f"{name}_two"], axis=2),  # SimCC has two bins per pixel
+            helper.make_node("Reshape", [f"{name}_two", "flat"], [f"{name}_bins"]),
+            helper.make_node("Expand", [f"{name}_bins", "every"], [f"simcc_{name}"]),
+        ]
+    values = [numpy_helper.from_array(np.int64(v), n) for n, v in (("last", [2]), ("flat", [1, 1, 2 * size]), ("every", [1, points, 2 * size]))]
+    infos = [helper.make_tensor_value_info(f"simcc_{n}", TensorProto.FLOAT, [1, points, 2 * size]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size, size])], infos, values)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_rtmpose_finds_a_point_where_it_is_in_the_photo(tmp_path):
+    """Boxes of any place, size and shape, also over the edge: from the photo to the input, through SimCC, and back."""
+    pose, rng = RtmposeFaces(brightest_model(tmp_path / "pose.onnx"), None), np.random.default_rng(0)
+    for _ in range(30):
+        w, h = rng.uniform(30, 300, 2)
+        x, y = rng.uniform(-20, 150, 2)
+        point = np.clip((x, y) + rng.uniform(0.1, 0.9, 2) * (w, h), 8, 290)
+        photo = np.zeros((300, 300, 3), np.uint8)
+        cv2.circle(photo, tuple(int(v) for v in np.round(point)), 5, (255, 255, 255), -1)
+        photo = cv2.GaussianBlur(photo, (0, 0), 3)
+        box = np.float32([min(x, point[0] - 5), min(y, point[1] - 5), max(x + w, point[0] + 5), max(y + h, point[1] + 5)])
+        found = pose.points(photo, box[None])
+        assert found.shape == (1, 106, 2) and np.abs(found - point).max() < 1.5 + 1.25 * max(w, h) / 256
+
+
+def test_rtmpose_on_the_boxes_of_the_published_yunet(real_data, tmp_path):
+    model = brightest_model(tmp_path / "pose.onnx")
+    detector, boxes = FaceDetector("rtmpose", models=real_data / "models", model=model), FaceDetector("yunet", models=real_data / "models")
+    photo = decode(next((real_data / "faces_multi" / "office").glob("*.jpg")))
+    found, wanted = detector.find(photo, "bgr"), boxes.find(photo, "bgr")
+    assert len(found) == len(wanted) > 1 and np.array_equal(found.boxes, wanted.boxes) and np.array_equal(found.scores, wanted.scores)
+    widened = (wanted.boxes[:, 2:] - wanted.boxes[:, :2]).max(axis=1) * 1.25
+    assert (np.abs(found.landmarks - (wanted.boxes[:, None, :2] + wanted.boxes[:, None, 2:]) / 2).max(axis=(1, 2)) <= widened / 2 + 1).all()
 
 
 def test_nothing_is_downloaded_by_a_look(tmp_path, monkeypatch):

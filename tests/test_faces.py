@@ -221,6 +221,18 @@ def test_umeyama_is_the_least_squares_solution(seed):
     assert np.linalg.det(ours[:, :2]) >= 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(3, 8), st.booleans())
+def test_umeyama_is_scikit_images_similarity_transform(seed, n, mirrored):
+    """Five points in a photo against the template, and any others, also where a reflection would fit better."""
+    from skimage.transform import SimilarityTransform
+
+    rng = np.random.default_rng(seed)
+    cases = [(rng.uniform(0, 250, (5, 2)), ARCFACE_TEMPLATE), (source := rng.normal(size=(n, 2)) * 40, source * (-1 if mirrored else 1, 1) + rng.normal(size=(n, 2)) * 5)]
+    for source, target in cases:
+        assert np.allclose(umeyama(source, target), SimilarityTransform.from_estimate(source, target).params[:2], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("points", [np.ones((5, 2)), np.full((5, 2), np.nan), np.ones((1, 2)), np.zeros((5, 3))])
 def test_points_without_a_transform_are_refused(points):
     with pytest.raises(InputError):

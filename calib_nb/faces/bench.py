@@ -6,6 +6,8 @@
 __all__ = ['POLICIES', 'pair_metrics', 'score_pairs', 'used', 'read_methods', 'Bench', 'bench', 'worst_errors', 'against']
 
 # %% ../../nbs/faces/69_bench.ipynb #cell-2
+import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -19,13 +21,13 @@ import pandas as pd
 
 from ..core.errors import InputError, ModelError, require_known
 from ..core.models import fetch_model, find_models
-from ..core.run import RunFolder, atomic_file, sha256_file
+from ..core.run import RunFolder, atomic_file, sha256_file, versions
 from ..data.images import contact_sheet, decode
 from .align import align
 from .charts import save_charts
 from .detectors import METHODS, FaceDetector, available
 from .embed import Embedded, Embedder, centre_crop, embed_photos, onnx_file
-from .verification import Pairs, accuracy_best_threshold, accuracy_kfold, cosine_pairs, eer, kfold_right, read_pairs, roc_auc, tar_at_far
+from .verification import Pairs, accuracy_best_threshold, accuracy_kfold, cosine_pairs, eer, kfold_right, kfold_thresholds, read_pairs, roc_auc, tar_at_far
 from ..quant.evaluate import Drop, verdict
 
 _log = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ def bench(
     for what, names in (("photos that pairs name are not there", pairs.missing), ("lines of the pairs file cannot be read", pairs.malformed)):
         if names:
             _log.warning("%d %s: %s%s", len(names), what, "; ".join(names[:5]), " ..." if len(names) > 5 else "")
-    methods, run = read_methods(methods, models_dir), RunFolder(folder)
+    methods, run, photos = read_methods(methods, models_dir), RunFolder(folder), _photos_hash(pairs)
     embedders, files = _read_models(models, folder, models_dir, threads, device)
     seen = {}
     for k, (label, (name, file)) in enumerate(methods.items(), 1):
@@ -153,36 +155,48 @@ def bench(
         with run.step(f"see, {label}"):
             seen[label] = embed_photos(
                 lambda name=name, file=file: FaceDetector(name, device, models_dir, model=file, threads=1), pairs.images, pairs.photos, embedders, batch_size=batch_size, workers=workers, flip=flip,
-                journal=journal, signature=_signature(pairs, name, file, files, flip), desc=f"{label} ({k}/{len(methods)})", progress=progress,
+                journal=journal, signature=_signature(photos, name, file, files, flip, device), desc=f"{label} ({k}/{len(methods)})", progress=progress,
             )  # fmt: skip
     scored = {(d, m): score_pairs(seen[d], m, pairs.table) for d in methods for m in embedders}
     rows = [_row(d, m, policy, seen[d], units, bootstrap, seed) for policy in sorted(POLICIES, key=lambda p: p != undetected) for (d, m), units in scored.items()]
     result = Bench(pd.DataFrame(rows), pairs, seen, scored, undetected, folder)
     with run.step("write"):
         _write(result, samples, worst)
-    run.finish({"lfw_dir": str(lfw_dir), "methods": {label: name for label, (name, _) in methods.items()}, "models": {label: sha256_file(path) for label, path in files.items()}, "batch_size": batch_size, "flip": flip,
+    run.finish({"lfw_dir": str(lfw_dir), "photos": photos, "methods": {label: [name, *_weights(name, file)] for label, (name, file) in methods.items()}, "models": {label: sha256_file(path) for label, path in files.items()}, "batch_size": batch_size, "flip": flip,
                 "undetected": undetected, "bootstrap": bootstrap, "seed": seed}, missing=list(pairs.missing), malformed=list(pairs.malformed))  # fmt: skip
     return result
 
 
-def _signature(pairs: Pairs, name: str, file: Path | None, models: Mapping[str, Path], flip: bool) -> str:
-    """What decides about the embeddings, as text: photos (name, size, time), detector with its file and thresholds, networks."""
-    photos = [(p, (status := (pairs.images / p).stat()).st_size, status.st_mtime_ns) for p in pairs.photos]
-    method = METHODS[name]
-    weights = [m.sha256 for m in find_models(method.models)] if file is None else [sha256_file(f) for f in (sorted(file.glob("*.npy")) if file.is_dir() else [file])]
-    return json.dumps([1, photos, name, weights, method.score_threshold, method.nms_threshold, {label: sha256_file(path) for label, path in models.items()}, flip])
+def _photos_hash(pairs: Pairs) -> str:
+    """One SHA-256 over names and contents of the photos; one that cannot be opened counts by its name, and is reported when it is seen."""
+    whole = hashlib.sha256()
+    for photo in pairs.photos:
+        with contextlib.suppress(OSError):
+            whole.update(sha256_file(pairs.images / photo).encode())
+        whole.update(f"{photo}\0".encode())
+    return whole.hexdigest()
+
+
+def _weights(name: str, file: Path | None) -> list[str]:
+    """SHA-256 of each file of a detector: its published ones, or `file` (a folder: its .npy files)."""
+    return [m.sha256 for m in find_models(METHODS[name].models)] if file is None else [sha256_file(f) for f in (sorted(file.glob("*.npy")) if file.is_dir() else [file])]
+
+
+def _signature(photos: str, name: str, file: Path | None, models: Mapping[str, Path], flip: bool, device: str) -> str:
+    """What decides about the embeddings, as text: the hash of the photos, the detector with its files and thresholds, networks, and the libraries; files by their content."""
+    method, libraries = METHODS[name], versions() | versions("mediapipe", "opencv-contrib-python")
+    return json.dumps([2, photos, name, _weights(name, file), method.score_threshold, method.nms_threshold, {label: sha256_file(path) for label, path in models.items()}, flip, device, libraries])
 
 # %% ../../nbs/faces/69_bench.ipynb #cell-19
 def worst_errors(result: Bench) -> pd.DataFrame:
-    """Every pair that is wrong at its fold's threshold, by the chosen policy: detector, model, first, second, same, similarity, threshold, wrong_by (distance from it); the worst of each first. Source: ours."""
+    """Every pair that is wrong at its fold's threshold, by the chosen policy: detector, model, first, second, same, similarity, threshold (its fold's), wrong_by (distance from it); the worst of each first. Source: ours."""
     tables = []
     for (detector, model), units in result.scored.items():
         counted = used(units, result.policy)
         if counted.fold.nunique() > 1 and counted.same.nunique() > 1:
-            s, same = counted.similarity.to_numpy(), counted.same.to_numpy()
-            threshold = accuracy_best_threshold(s, same)[1]
-            wrong = counted[~kfold_right(s, same, counted.fold.to_numpy())].drop(columns=["fold", "faces"])
-            wrong = wrong.assign(threshold=threshold, wrong_by=(wrong.similarity - threshold).abs()).sort_values("wrong_by", ascending=False, kind="stable")
+            protocol = counted.similarity.to_numpy(), counted.same.to_numpy(), counted.fold.to_numpy()
+            wrong = counted.assign(threshold=kfold_thresholds(*protocol))[~kfold_right(*protocol)].drop(columns=["fold", "faces"])
+            wrong = wrong.assign(wrong_by=(wrong.similarity - wrong.threshold).abs()).sort_values("wrong_by", ascending=False, kind="stable")
             wrong.insert(0, "model", model)
             wrong.insert(0, "detector", detector)
             tables.append(wrong)
@@ -208,10 +222,13 @@ def _write(result: Bench, samples: int, worst: int) -> None:
         with atomic_file(folder / f"{name}.csv") as f:
             table.to_csv(f, index=False, float_format="%.6g")
     save_charts(result.main, {key: used(units, result.policy) for key, units in result.scored.items()}, folder / "figures")
-    for detector, seen in result.seen.items():
-        faces = seen.photos.index[seen.photos.state == "face"]
-        for photo in faces[:: max(1, len(faces) // max(1, samples))][:samples]:
-            _save_jpeg(folder / "aligned" / detector / f"{Path(photo).stem}.jpg", _crop(result, detector, photo))
+    found = sum((seen.photos.state == "face").astype(int) for seen in result.seen.values())
+    faces = found.index[(found == found.max()) & (found > 0)]
+    if len(chosen := faces[:: max(1, len(faces) // max(1, samples))][:samples]):
+        crops = {(detector, photo): _crop(result, detector, photo) for detector in result.seen for photo in chosen}
+        for (detector, photo), crop in crops.items():
+            _save_jpeg(folder / "aligned" / detector / f"{Path(photo).stem}.jpg", crop)
+        _save_jpeg(folder / "aligned" / "sheet.jpg", contact_sheet(list(crops.values()), columns=len(chosen), cell=112, captions=[detector for detector, _ in crops]))
     for (detector, model), rows in errors.groupby(["detector", "model"], sort=False):
         rows = rows.head(worst)
         pictures = [_crop(result, detector, photo) for pair in zip(rows["first"], rows["second"]) for photo in pair]

@@ -18,12 +18,16 @@ from .verification import roc
 _COLOURS = ("#3d7ea6", "#b3362b", "#2a7f62", "#c98a1b", "#6a4c93", "#8a95a3")
 
 # %% ../../nbs/faces/68_charts.ipynb #cell-7
+def _height(table: pd.DataFrame) -> float:
+    return 1.2 + 0.42 * table.detector.nunique()
+
+
 def _axes(ax, table: pd.DataFrame, xlabel: str):
     """Axes with a row per detector, the first one on top, and the rows' heights by name."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(table.detector))
-    ax = ax or plt.subplots(figsize=(6, 1.2 + 0.42 * len(names)), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(6, _height(table)), layout="constrained")[1]
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="x", alpha=0.3)
@@ -32,12 +36,12 @@ def _axes(ax, table: pd.DataFrame, xlabel: str):
 
 
 def _legend(ax):
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
     return ax
 
 
 def _dots(ax, table: pd.DataFrame, values: Mapping[str, pd.Series], xlabel: str, intervals: tuple[pd.Series, pd.Series] | None = None):
-    """Dots in percent: colour by network, filled for the first of `values`, hollow for the second."""
+    """Dots in percent: colour by network, filled for the first of `values`, a ring for the second."""
     ax, at = _axes(ax, table, xlabel)
     models = list(dict.fromkeys(table.model))
     for m, model in enumerate(models):
@@ -47,7 +51,7 @@ def _dots(ax, table: pd.DataFrame, values: Mapping[str, pd.Series], xlabel: str,
         if intervals:
             ax.hlines(y, 100 * intervals[0][rows], 100 * intervals[1][rows], color=colour, lw=2, alpha=0.6)
         for k, (name, value) in enumerate(values.items()):
-            ax.plot(100 * value[rows], y, "o", color=colour, mfc=colour if k == 0 else "white", ms=5, label=f"{model}, {name}" if len(values) > 1 else model)
+            ax.plot(100 * value[rows], y, "o", color=colour, mfc=colour if k == 0 else "none", ms=5 + 3 * k, label=f"{model}, {name}" if len(values) > 1 else model)
     return _legend(ax)
 
 
@@ -57,12 +61,12 @@ def plot_accuracy(table: pd.DataFrame, ax=None):
 
 
 def plot_auc_eer(table: pd.DataFrame, ax=None):
-    """Equal error rate (filled) and 1 - AUC (hollow), in percent; less is better. Returns the Axes. Source: ours."""
+    """Equal error rate (filled) and 1 - AUC (ring), in percent; less is better. Returns the Axes. Source: ours."""
     return _dots(ax, table, {"EER": table.eer, "1 - AUC": 1 - table.auc}, "error, %")
 
 
 def plot_tar(table: pd.DataFrame, ax=None):
-    """True accept rate in percent at false accept rates of 1e-2 (filled) and 1e-3 (hollow). Returns the Axes. Source: ours."""
+    """True accept rate in percent at false accept rates of 1e-2 (filled) and 1e-3 (ring). Returns the Axes. Source: ours."""
     return _dots(ax, table, {"FAR 1e-2": table.tar_at_far_1e2, "FAR 1e-3": table.tar_at_far_1e3}, "true accept rate, %")
 
 
@@ -123,14 +127,13 @@ def plot_roc(scores: Mapping[tuple[str, str], pd.DataFrame], ax=None):
 
 def save_charts(table: pd.DataFrame, scores: Mapping[tuple[str, str], pd.DataFrame], folder: str | Path) -> list[Path]:
     """Write the six charts of `table` and the ROC curves of `scores` as PNG files to `folder`; returns their paths. Source: ours."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot's: nothing is left open, and a notebook's own figures are shown as before
 
     charts, written = {"accuracy": plot_accuracy, "auc_eer": plot_auc_eer, "tar": plot_tar, "detection": plot_detection, "times": plot_times, "memory": plot_memory}, []
-    with plt.ioff():
-        for name, plot in {**charts, "roc": plot_roc}.items():
-            figure = plot(scores if name == "roc" else table).figure
-            with atomic_file(Path(folder) / f"{name}.png", "wb") as f:
-                figure.savefig(f, format="png", dpi=120)
-            plt.close(figure)
-            written.append(Path(folder) / f"{name}.png")
+    for name, plot in {**charts, "roc": plot_roc}.items():
+        figure = Figure(figsize=(6, 4.2 if name == "roc" else _height(table)), layout="constrained")
+        plot(scores if name == "roc" else table, figure.subplots())
+        with atomic_file(Path(folder) / f"{name}.png", "wb") as f:
+            figure.savefig(f, format="png", dpi=120)
+        written.append(Path(folder) / f"{name}.png")
     return written

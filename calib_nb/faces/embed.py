@@ -52,21 +52,24 @@ class Embedder:
         self.batch = source.shape[0] if isinstance(source.shape[0], int) else 0
         self.preprocess, self._input = preset("edgeface", size=(self.size, self.size)), source.name
         levels = np.repeat(np.resize(np.arange(256, dtype=np.uint8), (self.size, self.size))[..., None], 3, axis=2)
-        self._levels = self.preprocess(levels).reshape(3, -1)[:, :256]  # what the chain makes of each of 256 values, by channel of the network
+        self._levels = self.preprocess(levels).reshape(3, 1, -1)[..., :256].copy()  # what the chain makes of each of 256 values, by channel of the network
         self._session = open_session(model, threads, device)
 
     def prepare(self, crops: Sequence[np.ndarray]) -> np.ndarray:
         """The network's input float32 [n,3,S,S] for crops uint8 BGR [S,S,3]: bit for bit the preset of each, by a table of its 256 values."""
-        pixels = np.stack(crops)
-        return np.stack([values[pixels[..., 2 - c]] for c, values in enumerate(self._levels)], axis=1)
+        prepared = np.empty((len(crops), 3, self.size, self.size), np.float32)
+        for crop, planes in zip(crops, prepared):
+            for channel, values, plane in zip(cv2.split(crop)[::-1], self._levels, planes):
+                cv2.LUT(channel, values, plane)
+        return prepared
 
     def __call__(self, crops: Sequence[np.ndarray], *, flip: bool = False) -> np.ndarray:
         """Embeddings float32 [n,D], not normalised, of n >= 1 aligned crops uint8 BGR [S,S,3]."""
-        if any(np.shape(crop) != (self.size, self.size, 3) for crop in crops) or not len(crops):
-            raise InputError(f"{len(crops)} crops, not all of {self.size} x {self.size} pixels", expected=f"at least one, [{self.size},{self.size},3]", fix="align them at the network's size")
+        if any(crop.shape != (self.size, self.size, 3) or crop.dtype != np.uint8 for crop in crops) or not len(crops):
+            raise InputError(f"{len(crops)} crops, not all of {self.size} x {self.size} pixels", expected=f"at least one, uint8 [{self.size},{self.size},3]", fix="align them at the network's size")
         found = self._run(self.prepare(crops))
         if flip:
-            found = found + self._run(self.prepare([crop[:, ::-1] for crop in crops]))
+            found = found + self._run(self.prepare([cv2.flip(crop, 1) for crop in crops]))
         if not np.isfinite(found).all():
             raise ModelError(f"{self.name}: an embedding holds NaN or infinity", expected="finite numbers", fix="check the model")
         return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'Pairs', 'parse_pair', 'read_pairs', 'hold_out', 'accuracy_best_threshold', 'accuracy_kfold', 'kfold_right',
-           'roc', 'roc_auc', 'eer', 'tar_at_far', 'cosine_pairs', 'VerificationTask']
+           'kfold_thresholds', 'roc', 'roc_auc', 'eer', 'tar_at_far', 'cosine_pairs', 'VerificationTask']
 
 # %% ../../nbs/faces/62_verification.ipynb #cell-2
 import csv
@@ -212,6 +212,14 @@ def kfold_right(similarity: np.ndarray, same: np.ndarray, fold: np.ndarray) -> n
     right = np.empty(len(y), bool)
     right[order] = (np.arange(len(y)) < cuts[best][index]) == y
     return right
+
+
+def kfold_thresholds(similarity: np.ndarray, same: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """The threshold that `kfold_right` judges each pair by, in the given order. Source: LFW protocol, view 2."""
+    order, _, index, _, cuts, best = _held_out(similarity, same, fold)
+    s, thresholds = np.asarray(similarity, float)[order], np.empty(len(order))
+    thresholds[order] = np.array([_threshold(s, cut) for cut in cuts[best]])[index]
+    return thresholds
 
 # %% ../../nbs/faces/62_verification.ipynb #cell-16
 def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
