@@ -389,6 +389,46 @@ def test_real_pairs(real_data):
     assert total == 136
 
 
+def linked(source: Path, root: Path) -> list[dict]:
+    """The real pairs under a root of their own, linked so that a file may be replaced; the entries of both splits."""
+
+    def link(file, copy):
+        try:
+            os.link(file, copy)
+        except OSError:  # another file system
+            shutil.copyfile(file, copy)
+
+    shutil.copytree(source / "synced_data", root / "synced_data", copy_function=link)
+    return [entry for name in ("train", "val") for entry in read_json(source / f"{name}_split.json")]
+
+
+def test_faults_among_real_pairs_are_listed_and_nothing_else_is_lost(real_data, tmp_path):
+    if not (real_data / "ncdb_real").is_dir():
+        pytest.skip("real depth pairs: ncdb_real/ is not in CALIB_NB_DATA")
+    root = tmp_path / "ncdb"
+    entries = linked(real_data / "ncdb_real", root)
+    (root / "all.json").write_text(json.dumps(entries))
+    sound = metadata(root, "all.json", progress=False)
+    assert len(sound.table) == len(entries) == 136 and sound.rejected.empty
+
+    def replace(k: int, content) -> None:
+        file = root / sound.table["depth_path"][k]
+        whole = file.read_bytes()
+        file.unlink()  # the link, and not what it leads to
+        if content is not None:
+            file.write_bytes(content(whole, cv2.imread(str(real_data / "ncdb_real" / sound.table["depth_path"][k]), cv2.IMREAD_UNCHANGED)))
+
+    broken = {3: ("no depth", None), 20: ("size mismatch", lambda _, raw: encode_png(raw[:-1])), 50: ("truncated depth", lambda whole, _: whole[: len(whole) // 2]), 90: ("no valid pixel", lambda _, raw: encode_png(np.zeros_like(raw)))}
+    for k, (_, content) in broken.items():
+        replace(k, content)
+    words = [{**entries[0], "dataset_root": "../../elsewhere"}, {**entries[0], "dataset_root": "/etc"}, entries[7], {**entries[0], "new_filename": ""}]
+    (root / "all.json").write_text(json.dumps(entries + words))
+    found = metadata(root, "all.json", workers=2, progress=False)
+    said = {k: reason for k, (reason, _) in broken.items()} | dict(zip(range(136, 140), ("outside the data set", "absolute path", "duplicate", "empty name")))
+    assert found.rejected["reason"].to_dict() == said
+    pd.testing.assert_frame_equal(found.table, sound.table.drop(list(broken)).reset_index(drop=True))
+
+
 @pytest.mark.slow
 def test_the_chain_on_real_pairs(real_data, tmp_path):
     if not (real_data / "ncdb_real").is_dir():

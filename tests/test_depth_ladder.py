@@ -101,6 +101,7 @@ def test_a_share_of_the_gap_is_that_share(reference, gap, share):
 
 def test_no_gap_is_no_number_and_the_guide_gets_its_verdicts():
     assert ladder_table(comparison(float=[0.2, 0.3], naive=[0.1, 0.3])).gap_back_pct.isna().all()
+    assert ladder_table(comparison(float=[0.2, 0.2, 0.2], naive=[0.3, 0.15, 0.18], rung=[0.2, 0.3, 0.4])).gap_back_pct.isna().all(), "a gap that the frames cannot tell from none"
     assert [Limits().verdict(x) for x in (0.0899, 0.09, 0.1, 0.1001)] == ["good", "borderline", "borderline", "bad"]
     for wrong in ((0, 1), (0.2, 0.1)):
         with pytest.raises(InputError):
@@ -139,7 +140,7 @@ def test_train_evaluate_compare_from_the_shell(demo, pool, tmp_path):
     same = calib_nb("depth", "compare", "--float", demo.model, "--int8", tmp_path / "run/depth.onnx", "--dataset-root", demo.root, "--budget", 0.001, "--output", tmp_path / "t.csv")
     assert same.returncode == 1 and "budget" in same.stderr, same.stderr  # one epoch is far from fourteen
     table = pd.read_csv(tmp_path / "t.csv")
-    assert list(table.model) == ["float", "depth"] and table["drop"][1] > 0 and isinstance(table.worst[1], str)
+    assert list(table.model) == ["float", "depth"] and table["drop"][1] > 0 and table.worst_slice[1].startswith(("depth_range: ", "scene: "))
 
 
 WRONG = {
@@ -174,7 +175,10 @@ def test_a_real_network_on_kitti(real_data, tmp_path):
     root, model = real_data / "ncdb_real", real_data / "models/rtmonodepth_s_m_640x192.onnx"
     chain = Preprocess().convert_color("BGR2RGB").resize(640, 192).div(255).transpose([2, 0, 1]).expand_dim(0)
     scoring = Scoring(output="sigmoid", median_scaling=True, crop="garg")
-    pool, held_out = (read_frames(root, f"{part}_split.json", scenes=["scene_kitti"]) for part in ("train", "val"))
-    done = climb(model, repair_rungs(model, pool.images)[2:], depth_task(held_out, chain, scoring), chain, tmp_path, noise=depth_noise(scoring), latency_runs=2, progress=False)
-    table = done.comparison.table
-    assert 0.15 < table.abs_rel[0] < 0.25 and table["drop"][1] < 0.05 * table.abs_rel[0]
+    whole, pool, held_out = (read_frames(root, f"{part}_split.json", scenes=scenes) for part, scenes in (("train", ()), ("train", ["scene_kitti"]), ("val", ["scene_kitti"])))
+    rungs = [*calibration_rungs(model, whole, counts=(100,)), calibration_rungs(model, pool, counts=(1, 300))[1], repair_rungs(model, pool.images)[2]]
+    done = climb(model, rungs, depth_task(held_out, chain, scoring), chain, tmp_path, noise=depth_noise(scoring), latency_runs=2, progress=False)
+    table, shown = done.comparison.table, ladder_table(done.comparison)
+    assert 0.15 < table.abs_rel[0] < 0.25 and (table["drop"][1:] < 0.05 * table.abs_rel[0]).all()
+    assert list(shown.rung) == ["FP32", "naive: 100 random", "10 stratified", "+ auto"] and (shown.abs_rel_low < shown.abs_rel).all() and (shown.abs_rel < shown.abs_rel_high).all()
+    assert (table.drop_low[1:] <= table["drop"][1:]).all() and (table.drop_high[1:] >= table["drop"][1:]).all()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from calib_nb.core.checkpoint import load_imagenet
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.preprocess import PRESETS, Preprocess, preset
 from calib_nb.depth.losses import (
@@ -29,13 +30,13 @@ from calib_nb.depth.losses import (
     silog_loss,
     smoothness_loss,
 )
-from calib_nb.depth.metrics import CROPS, METRICS, DepthTask, Scoring, depth_metrics, read_depth, scored_pixels, worst_slices
-from calib_nb.depth.network import DepthNet, Encoder, load_imagenet, sigmoid_to_depth
+from calib_nb.depth.metrics import CROPS, METRICS, DepthTask, Scoring, depth_metrics, read_depth, scored_pixels
+from calib_nb.depth.network import DepthNet, sigmoid_to_depth
 from calib_nb.depth.train import PENALTY_WEIGHTS, Training, evaluate, learning_rate_at, load_checkpoint, load_network, normalise, read_pair, train
 from calib_nb.depth.unequal import streams, unequalize
 from calib_nb.npu.contract import open_session, read_contract
 from calib_nb.npu.export import export_onnx
-from calib_nb.quant.evaluate import Task, compare, run_model
+from calib_nb.quant.evaluate import Task, compare, run_model, slices_table
 from calib_nb.quant.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +161,9 @@ def test_the_task_fits_compare_and_names_the_worst_slice(tmp_path):
     found = compare(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
     assert isinstance(task, Task) and list(found.table.columns[1:9]) == list(METRICS) and found.primary == "abs_rel"
     assert found.table["drop"][1] == pytest.approx(found.table.abs_rel[1] - found.table.abs_rel[0]) and found.table.drop_low[1] <= found.table["drop"][1] <= found.table.drop_high[1]
-    slices = worst_slices(found.units["float"], found.units["int8"])
+    slices = slices_table(task, task.slices(), found.units["float"], found.units["int8"], least=3)
+    top = slices_table(task, task.slices(), found.units["float"], found.units["int8"]).iloc[:1]  # slices of eight images or more
+    assert found.table.worst_slice.tolist() == ["", *(top["slice"] + ": " + top["value"] if len(top) else [""])]
     assert set(slices.value) >= {"scene_0", "scene_1", "scene_2"} and (np.diff(slices["drop"]) <= 0).all()
     assert set(found.units["float"].depth_range) <= {"near", "mid", "far", "very_far"}
 
@@ -219,7 +222,7 @@ CLASSIFIER = {"fc.weight": (1000, 512), "fc.bias": (1000,)}
 
 
 def test_the_encoder_has_torchvisions_names_and_shapes():
-    mine = {k: tuple(v.shape) for k, v in Encoder().state_dict().items()}
+    mine = {k: tuple(v.shape) for k, v in DepthNet().encoder.state_dict().items()}
     wanted = {k: v if not k.endswith("num_batches_tracked") else () for k, v in RESNET18.items()}
     assert mine == wanted and len(wanted) == 120
     assert sum(math.prod(v) for k, v in (wanted | CLASSIFIER).items() if k.endswith(("weight", "bias"))) == 11_689_512
@@ -231,10 +234,13 @@ def test_imagenet_weights_load(tmp_path, old):
     generator = torch.Generator().manual_seed(0)
     published = {k: torch.tensor(7) if k.endswith("num_batches_tracked") else torch.rand(v, generator=generator) for k, v in shapes.items()}
     torch.save(published, tmp_path / "resnet18.pth")
-    state = load_imagenet(DepthNet(), tmp_path / "resnet18.pth").encoder.state_dict()
+    network = DepthNet()
+    assert load_imagenet(network.encoder, tmp_path / "resnet18.pth") == list(CLASSIFIER)
+    state = network.encoder.state_dict()
     assert all(torch.equal(state[k], v) for k, v in published.items() if k not in CLASSIFIER)
+    torch.save(published | {"conv9.weight": torch.zeros(1)}, tmp_path / "long.pth")
     with pytest.raises(ModelError, match="conv9"):
-        load_imagenet(DepthNet(), published | {"conv9.weight": torch.zeros(1)})
+        load_imagenet(DepthNet().encoder, tmp_path / "long.pth")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -243,10 +249,27 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"conv1.weight": Evil(), "format": 1}, tmp_path / "evil.pth")
-    for load in (lambda p: load_imagenet(DepthNet(0.125), p), load_checkpoint):
-        with pytest.raises(ModelError, match="cannot be read as a checkpoint"):
+    for load in (lambda p: load_imagenet(DepthNet(0.125).encoder, p), load_checkpoint):
+        with pytest.raises(ModelError, match="cannot be read as a checkpoint: it wants to run '.*mkdir'"):
             load(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_taggers_checkpoint_is_none_of_a_depth_network(tmp_path):
+    from calib_nb.tags.resnet import TaggerSpec, build_tagger, save_tagger
+
+    spec = TaggerSpec("resnet18", ("a", "b"), width=8)
+    with pytest.raises(ModelError, match="no checkpoint of a depth network"):
+        load_network(save_tagger(tmp_path / "tagger.pth", spec, build_tagger(spec)))
+
+
+@pytest.mark.parametrize("width", [0.125, 0.25, 0.4, 1.0])
+def test_no_parameter_is_dead(width):
+    """Every tensor of the state is used: the head of a ResNet is not among them, and each gets a gradient."""
+    network = DepthNet(width)
+    network(torch.randn(2, 3, 32, 64)).log().mean().backward()
+    assert all(p.grad is not None for p in network.parameters()) and not [k for k in network.state_dict() if "fc" in k]
+    assert all(m.num_features % 8 == 0 for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 @settings(max_examples=12, deadline=None)

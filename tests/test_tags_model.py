@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from calib_nb.core.checkpoint import load_imagenet
 from calib_nb.core.errors import ModelError
 from calib_nb.core.resnet import LAYOUTS, fold_batchnorm, resnet
 from calib_nb.tags.coco import COCO_CATEGORIES
 from calib_nb.tags.evaluate import export_tagger, open_tagger
 from calib_nb.tags.losses import asymmetric, cross_entropy, focal
 from calib_nb.tags.metrics import AVERAGES, best_threshold, deal_rows, tag_rates, threshold_curve
-from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_imagenet, load_tagger, save_tagger
+from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger, save_tagger
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 PUBLISHED = {"resnet18": ((2, 2, 2, 2), 2), "resnet34": ((3, 4, 6, 3), 2), "resnet50": ((3, 4, 6, 3), 3)}  # blocks per stage, convolutions per block

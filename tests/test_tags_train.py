@@ -17,11 +17,12 @@ import pandas as pd
 import pytest
 import torch
 
+from calib_nb.core.checkpoint import read_checkpoint
 from calib_nb.core.errors import CheckFailed, InputError
 from calib_nb.data.demo_tags import tagged_photos
 from calib_nb.tags.config import load_train_config
 from calib_nb.tags.download import Archive, download_coco
-from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger, read_checkpoint
+from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger
 from calib_nb.tags.train import checkpoint_config, train
 
 SCRIPT = "import sys; from calib_nb.cli import main; sys.exit(main())"

@@ -79,9 +79,10 @@ def train(
         raise InputError("both --start-from and --imagenet", expected="one of them")
     if size[0] % 32 or size[1] % 32 or min(size) < 32:
         raise InputError(f"--size {size[0]} {size[1]}", expected="a width and height divisible by 32")
+    from calib_nb.core.checkpoint import load_imagenet
     from calib_nb.core.run import atomic_file
     from calib_nb.depth.frames import read_frames
-    from calib_nb.depth.network import DepthNet, load_imagenet
+    from calib_nb.depth.network import DepthNet
     from calib_nb.depth.train import Training, load_network
     from calib_nb.depth.train import train as run
     from calib_nb.npu.export import export_onnx
@@ -90,7 +91,7 @@ def train(
     settings = Training(epochs=epochs, batch=batch, learning_rate=learning_rate, loss=loss.value, penalty="" if penalty is Penalty.none else penalty.value, penalty_weight=penalty_weight, seed=seed)
     network = load_network(start_from) if start_from else DepthNet(width, min_m=min_depth, max_m=max_depth, seed=seed)
     if imagenet:
-        load_imagenet(network, imagenet)
+        load_imagenet(network.encoder, imagenet)
     frames = read_frames(dataset_root, split_file, size=size)
     validation = read_frames(dataset_root, val_split, size=size) if val_split else None
     history = run(network, frames, settings, validation=validation, folder=output_dir, resume=resume, device=device, workers=workers)
@@ -111,16 +112,16 @@ _Near = Annotated[float, typer.Option(help="True depths at or below are not scor
 _Far = Annotated[float, typer.Option(help="True depths at or above are not scored, m.")]
 
 
-def _task(root: Path, split_file: str, scenes: list[str] | None, model: Path, config: Path | None, scoring: dict):
+def _task(root: Path, split_file: str, scenes: list[str] | None, model: Path, config: Path | None, scoring):
+    """The `DepthTask` that the options of both commands ask for."""
     from calib_nb.data.preprocess import preset
     from calib_nb.depth.frames import depth_task, read_frames
-    from calib_nb.depth.metrics import Scoring
     from calib_nb.npu.config import config_preprocess, load_config
     from calib_nb.npu.contract import read_contract, single_input
 
     shape = single_input(read_contract(model)).shape
     chain = config_preprocess(load_config(config)) if config else preset("depth", size=(shape[3], shape[2]))
-    return depth_task(read_frames(root, split_file, scenes=scenes or ()), chain, Scoring(scoring["min"], scoring["max"], "" if scoring["crop"] is Crop.none else scoring["crop"].value, scoring["median"], scoring["output"].value))
+    return depth_task(read_frames(root, split_file, scenes=scenes or ()), chain, scoring)
 
 
 @app.command(epilog="Examples: calib-nb depth evaluate --model run1/checkpoint.pt --dataset-root ncdb | calib-nb depth evaluate --model mono.onnx --config mono.json --dataset-root kitti --output-is sigmoid --median-scaling --crop garg")
@@ -143,17 +144,19 @@ def evaluate(
 
     import pandas as pd
 
+    from calib_nb.depth.metrics import Scoring
     from calib_nb.npu.contract import open_session
     from calib_nb.quant.evaluate import run_model
     from calib_nb.report import text_table
 
+    scoring = Scoring(min_depth, max_depth, "" if crop is Crop.none else crop.value, median_scaling, output_is.value)
     with tempfile.TemporaryDirectory() as folder:
         if model.suffix == ".pt":
             from calib_nb.depth.train import load_network
             from calib_nb.npu.export import export_onnx
 
             model = export_onnx(load_network(model), Path(folder) / "depth.onnx", size, outputs=("depth",))
-        task = _task(dataset_root, split_file, scene, model, config, {"min": min_depth, "max": max_depth, "crop": crop, "median": median_scaling, "output": output_is})
+        task = _task(dataset_root, split_file, scene, model, config, scoring)
         outputs = run_model(open_session(model, threads), task)
     units = task.units(outputs, outputs)
     parts = [("all", units), *units.groupby("depth_range", sort=False)]
@@ -186,22 +189,19 @@ def compare(
     from calib_nb.core.run import atomic_file
     from calib_nb.depth.copy import usable_images
     from calib_nb.depth.ladder import Limits, Rung, demand_apart
-    from calib_nb.depth.metrics import worst_slices
+    from calib_nb.depth.metrics import Scoring
     from calib_nb.quant.evaluate import compare as run
     from calib_nb.report import text_table
 
-    limits = Limits(good, borderline)
+    limits, scoring = Limits(good, borderline), Scoring(min_depth, max_depth, "" if crop is Crop.none else crop.value, median_scaling, output_is.value)
     if len({path.stem for path in int8}) < len(int8):
         raise InputError(f"two INT8 files of one name among {', '.join(p.stem for p in int8)}", expected="different names", fix="rename one")
-    task = _task(dataset_root, split_file, scene, float_model, config, {"min": min_depth, "max": max_depth, "crop": crop, "median": median_scaling, "output": output_is})
+    task = _task(dataset_root, split_file, scene, float_model, config, scoring)
     if calibration_split:
         demand_apart([Rung("calibration", float_model, tuple(dataset_root / path for path in usable_images(dataset_root, calibration_split)["path"]))], task)
     done = run(float_model, {path.stem: path for path in int8}, task, budget=budget, threads=threads, seed=seed)
-    table = done.table[["model", "abs_rel", "rmse", "a1", "drop", "drop_low", "drop_high", "size_mb", "latency_ms"]].assign(worst="", verdict=done.table["abs_rel"].map(limits.verdict))
-    for k, name in enumerate(table["model"][1:], 1):
-        slices = worst_slices(done.units["float"], done.units[name])
-        if len(slices):
-            table.loc[k, "worst"] = f"{slices.value[0]}: {slices['drop'][0]:+.4f}"
+    shown = ["model", "abs_rel", "rmse", "a1", "drop", "drop_low", "drop_high", "size_mb", "latency_ms", "worst_slice", "worst_slice_drop"]
+    table = done.table[shown].assign(verdict=done.table["abs_rel"].map(limits.verdict))
     if output:
         with atomic_file(output) as f:
             table.to_csv(f, index=False)

@@ -59,7 +59,7 @@ LAYOUTS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 
 
 
 class ResNet(nn.Module):
-    """RGB float [N,3,H,W] -> logits [N,classes]. State-dict keys are torchvision's. Source: He et al. 2015."""
+    """RGB float [N,3,H,W] -> logits [N,classes], or with 0 classes, without a head, the last of `stages`. State-dict keys are torchvision's. Source: He et al. 2015."""
 
     def __init__(self, block: type[nn.Module], depths: tuple[int, ...], classes: int = 1000, width: int = 64):
         super().__init__()
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width * 2**k, 2 if k and i == 0 else 1))
                 channels = width * 2**k * block.widening
             setattr(self, f"layer{k + 1}", nn.Sequential(*blocks))
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(channels, classes)
+        self.avgpool, self.fc = (nn.AdaptiveAvgPool2d(1), nn.Linear(channels, classes)) if classes else (None, None)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -84,7 +84,8 @@ class ResNet(nn.Module):
         return maps
 
     def forward(self, x):
-        return self.fc(torch.flatten(self.avgpool(self.stages(x)[-1]), 1))
+        x = self.stages(x)[-1]
+        return x if self.fc is None else self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def resnet(name: str, classes: int = 1000, *, width: int = 64) -> ResNet:

@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.errors import ImageError, InputError, require_known
 from ..core.run import versions, write_json
 from ..data.dataset import FORMAT, LINKS, PreparedSet, building, check_output, place, set_names, write_lists
+from ..data.images import read_image_bytes
 from .ncdb import IMAGES, check_png, locate_file, read_split
 
 # %% ../../nbs/depth/73_copy.ipynb #cell-8
@@ -36,10 +37,9 @@ def usable_images(root: str | Path, split_file: str | Path) -> pd.DataFrame:
         try:
             if (image := locate_file(root, path)) is None:
                 raise ImageError(f"no {path}", reason="no image")
-            with open(image, "rb", buffering=0) as f:
-                check_png(path, f, checksums=False)
-        except (ImageError, OSError) as e:
-            faults.append(f"entry {number}: {e.what if isinstance(e, ImageError) else f'{path}: {e.strerror}'}")
+            check_png(path, read_image_bytes(image), checksums=False)
+        except ImageError as e:
+            faults.append(f"entry {number}: {e.what}")
     if faults or paths.empty:
         raise InputError(f"{split_file} has {len(faults)} of {len(split.rejected) + len(paths)} entries that cannot be used: {faults[0]}" if faults else f"{split_file} lists nothing", fix="write it anew: calib-nb depth metadata, then calib-nb depth split")
     return split.entries.assign(path=paths).reset_index(drop=True)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.run import atomic_folder, cache_root
+from ..data.demo_depth import RENDERER
+
+_RECIPE = 2  # one more when the same settings would give another network
 
 # %% ../../nbs/depth/82_demo_model.ipynb #cell-7
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def _make(folder: Path, settings: DemoTraining) -> None:
 
 
 def demo_depth(folder: str | Path | None = None, settings: DemoTraining = DemoTraining()) -> DemoDepth:
-    """The demo's data and model from `folder` (default: in the user's cache, one per settings), or made there now, in some 15 s. Synthetic. Source: ours."""
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+    """The demo's data and model from `folder` (default: in the user's cache, one per settings and recipe), or made there now, in some 15 s. Synthetic. Source: ours."""
+    key = hashlib.sha256(repr((settings, RENDERER, _RECIPE)).encode()).hexdigest()[:12]
     folder = Path(folder) if folder is not None else cache_root() / f"demo_depth_{key}"
     if not (folder / "demo_depth.onnx").is_file():
         with atomic_folder(folder) as partial:

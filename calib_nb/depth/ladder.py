@@ -123,17 +123,18 @@ class Limits:
 def ladder_table(comparison: Comparison, limits: Limits = Limits(), *, naive: str = "", resamples: int = 1000, seed: int = 42) -> pd.DataFrame:
     """One row per model: rung, abs_rel, abs_rel_low, abs_rel_high, a1, gap_back_pct (of the way from `naive`, default the first, to FP32), its low and high, improvement_pct (against naive), verdict.
 
-    Intervals: 95 %, the same resampled frames for all. gap_back_pct is NaN where naive is no worse than FP32. Source: Efron and Tibshirani 1993; the NCDB guide.
+    Intervals: 95 %, the same resampled frames for all. gap_back_pct is NaN where naive is not measurably worse than FP32 (the interval of the gap begins at 0 or below). Source: Efron and Tibshirani 1993; the NCDB guide.
     """
     units = {name: rows["abs_rel"].to_numpy(np.float64) for name, rows in comparison.units.items()}
     naive = naive or list(units)[1]
     chosen = np.random.default_rng(seed).integers(0, len(units["float"]), (resamples, len(units["float"])))
     means = {name: np.append(x.mean(), x[chosen].mean(axis=1)) for name, x in units.items()}  # the value, then its resamples
     gap, rows = means[naive] - means["float"], []
+    measurable = gap[0] > 0 and np.nanquantile(gap[1:], 0.025) > 0
     for model in comparison.table.itertuples():
         x = means[model.model]
         with np.errstate(divide="ignore", invalid="ignore"):
-            back = np.where(gap > 0, 100 * (means[naive] - x) / gap, np.nan)
+            back = np.where(measurable & (gap > 0), 100 * (means[naive] - x) / gap, np.nan)
         spans = [np.nanquantile(v[1:], [0.025, 0.975]) if np.isfinite(v[0]) else (np.nan, np.nan) for v in (x, back)]
         rows.append(("FP32" if model.model == "float" else model.model, x[0], *spans[0], model.a1, back[0], *spans[1], 100 * (1 - x[0] / means[naive][0]), limits.verdict(x[0])))
     return pd.DataFrame(rows, columns=["rung", "abs_rel", "abs_rel_low", "abs_rel_high", "a1", "gap_back_pct", "gap_back_low", "gap_back_high", "improvement_pct", "verdict"])
@@ -149,7 +150,7 @@ def plot_ladder(table: pd.DataFrame, ax=None):
         ax.plot([row.abs_rel_low, row.abs_rel_high], [y, y], color=colors[row.verdict], lw=2.5, solid_capstyle="butt")
         ax.plot(row.abs_rel, y, "o", color=colors[row.verdict])
         if row.rung != "FP32" and np.isfinite(row.gap_back_pct):
-            ax.annotate(f"{row.gap_back_pct:.0f} %", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            ax.annotate(f"{row.gap_back_pct:z.0f} %", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.axvline(table.abs_rel[0], ls="--", lw=1, color="#1d2733")
     ax.set_yticks(range(len(table)), table.rung[::-1])
     ax.set(xlabel="abs_rel, 95 % interval (right: share of the gap given back)", ylim=(-0.6, len(table) - 0.4))

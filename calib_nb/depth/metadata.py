@@ -21,8 +21,9 @@ import pandas as pd
 from ..core.errors import ImageError, InputError
 from ..core.parallel import parallel_map
 from ..core.run import atomic_file, versions
+from ..data.images import read_image_bytes
 from ..data.sample import require_columns
-from .ncdb import IMAGES, PngHeader, check_png, decode_depth, depth_variants, guess_scale, locate, read_split
+from .ncdb import IMAGES, check_png, decode_depth, depth_variants, guess_scale, locate, read_split
 
 # %% ../../nbs/depth/71_metadata.ipynb #cell-8
 def count_values(raw: np.ndarray) -> np.ndarray:
@@ -59,7 +60,7 @@ def measure_sample(root: str | Path, variants: tuple[str, ...], scale: float | N
     """The row of `metadata` of an `entry` (dataset_root, filename), and the `scale` guessed for it; or {"reason", "detail"} when it cannot be used. Never raises for a bad sample. Source: ours."""
     try:
         sample = locate(root, *entry, variants)
-        picture = _judge("image", lambda: _check_file(sample.image))
+        picture = _judge("image", lambda: check_png(sample.image, read_image_bytes(sample.image), checksums=False))
         raw = _judge("depth", lambda: decode_depth(sample.depth))
         if raw.shape != (picture.height, picture.width):
             raise ImageError(f"image {picture.width} x {picture.height}, depth {raw.shape[1]} x {raw.shape[0]}", reason="size mismatch")
@@ -74,11 +75,6 @@ def measure_sample(root: str | Path, variants: tuple[str, ...], scale: float | N
         "dataset_root": entry[0], "filename": entry[1], "image_path": sample.image_path, "depth_path": sample.depth_path, "depth_variant": sample.variant, **statistics, "width": picture.width, "height": picture.height,
         "scene_type": scene_type(statistics["mean_depth"], thresholds), "valid_pixels": int(raw.size - counts[0]), "total_pixels": raw.size, "scale": guessed,
     }
-
-
-def _check_file(path: Path) -> PngHeader:
-    with open(path, "rb", buffering=0) as f:  # a step from chunk to chunk should not read what lies between
-        return check_png(path, f, checksums=False)
 
 
 def _judge(which: str, read):

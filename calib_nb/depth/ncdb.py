@@ -7,7 +7,7 @@ __all__ = ['IMAGES', 'VARIANTS', 'depth_variants', 'Split', 'check_entry', 'read
            'PngHeader', 'check_png', 'decode_depth', 'guess_scale', 'read_depth']
 
 # %% ../../nbs/depth/70_ncdb.ipynb #cell-2
-import io
+import functools
 import os
 import posixpath
 import re
@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -35,6 +34,11 @@ def depth_variants(given: str | Sequence[str] | None = None) -> tuple[str, ...]:
     """Folder names of the depth maps, the preferred first: `given` (names, or one text with commas), else NCDB_DEPTH_VARIANT, else VARIANTS. InputError unless each is a plain name. Source: ours."""
     wanted = given if given is not None else os.environ.get("NCDB_DEPTH_VARIANT") or VARIANTS
     names = tuple(name.strip() for name in (wanted.split(",") if isinstance(wanted, str) else wanted))
+    return _checked(names)
+
+
+@functools.lru_cache(64)  # once, and not for every frame
+def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise InputError(f"'{name}' is no name of a depth variant", expected="folder names, separated by commas", fix="for instance " + ",".join(VARIANTS[:2]))
@@ -109,12 +113,20 @@ def locate_file(root: str | Path, path: str) -> Path | None:
     file, steps = os.path.join(root, path), path.split("/")
     if not os.path.isfile(file):  # also for a name too long, or a circle of links
         return None
-    if ".." not in steps and steps[0] and not any(os.path.islink(os.path.join(root, *steps[:i])) for i in range(1, len(steps) + 1)):
+    if ".." not in steps and steps[0] and not _has_link(str(root), steps):
         return Path(file)  # nothing on the way could lead out: `contained` takes ten times as long to say so
     try:
         return contained(root, path)
     except InputError as e:
         raise ImageError(e.what, reason="outside the data set", expected=e.expected) from e
+
+
+def _has_link(at: str, steps: list[str]) -> bool:
+    for step in steps:
+        at = f"{at}/{step}"
+        if os.path.islink(at):
+            return True
+    return False
 
 
 def locate(root: str | Path, dataset_root: str, filename: str, variants: str | Sequence[str] | None = None) -> Sample:
@@ -140,24 +152,20 @@ class PngHeader:
     color: int
 
 
-def check_png(path: str | Path, file: BinaryIO, *, checksums: bool = True) -> PngHeader:
-    """The header of an open PNG `file`, after a check that all its chunks are there, and with `checksums` that none was altered. `ImageError` (naming `path`) with reason unsupported, truncated, unreadable or too_large (64 megapixels). Source: PNG, section 5."""
-    header = None
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+def check_png(path: str | Path, data: bytes, *, checksums: bool = True) -> PngHeader:
+    """The header of a PNG's bytes `data`, after a check that all its chunks are there, and with `checksums` that none was altered. `ImageError` (naming `path`) with reason unsupported, truncated, unreadable or too_large (64 megapixels). Source: PNG, section 5."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ImageError(f"{path} is no PNG", reason="unsupported", expected="a PNG file")
-    while True:
-        start = file.read(8)
-        length, kind = struct.unpack(">I4s", start) if len(start) == 8 else (0, b"")
-        checked = checksums or not header
-        content = file.read(length) if checked else file.seek(length, os.SEEK_CUR) and b""
-        stated = file.read(4)
-        if len(stated) < 4:
+    view, at, kind, header = memoryview(data), 8, b"", None
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at) if at + 8 <= len(data) else (0, b"")
+        end = at + 8 + length
+        if end + 4 > len(data):
             raise ImageError(f"{path} is cut short", reason="truncated", expected="a whole file", fix="copy it again")
-        if checked and zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(stated, "big"):
+        if (checksums or not header) and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise ImageError(f"{path} was altered: the checksum of its chunk {kind.decode('latin-1')} is wrong", reason="unreadable", fix="copy it again")
-        header = header or PngHeader(*struct.unpack(">IIBB", content[:10].ljust(10, b"\0")))
-        if kind == b"IEND":
-            break
+        header = header or PngHeader(*struct.unpack(">IIBB", data[at + 8 : end][:10].ljust(10, b"\0")))
+        at = end + 4
     if header.width * header.height > 64e6:
         raise ImageError(f"{path} has {header.width} x {header.height} pixels", reason="too_large", expected="at most 64 megapixels")
     return header
@@ -166,7 +174,7 @@ def check_png(path: str | Path, file: BinaryIO, *, checksums: bool = True) -> Pn
 def decode_depth(path: str | Path) -> np.ndarray:
     """The numbers of a depth PNG, uint16 or uint8 [H, W]; `ImageError` when it is missing, damaged, or not 8- or 16-bit gray. Source: PNG; OpenCV."""
     data = read_image_bytes(path)
-    header = check_png(path, io.BytesIO(data))
+    header = check_png(path, data)
     if header.color != 0 or header.bits not in (8, 16):
         kind = {2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}.get(header.color, "gray")
         raise ImageError(f"{path} is {header.bits}-bit {kind}", reason="unsupported", expected="16-bit gray")

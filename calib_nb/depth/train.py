@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..core.checkpoint import read_checkpoint
 from ..core.errors import InputError, ModelError, require_known
 from ..core.run import atomic_file
 from ..data.preprocess import PRESETS
@@ -137,23 +138,21 @@ def save_checkpoint(path: str | Path, content: dict) -> Path:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read what `save_checkpoint` wrote; `ModelError` for anything else, and nothing in the file is run. Source: torch.load with weights_only."""
-    if not Path(path).is_file():
-        raise ModelError(f"no such checkpoint: {path}", fix="check the path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises a different error for every way in which a file can be wrong
-        raise ModelError(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0][:120]}", expected="a file that train() wrote") from e
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ModelError(f"{path} is no checkpoint of a depth network", expected=f"a file that train() wrote, format {_FORMAT}")
+    """Read what `save_checkpoint` wrote of a training; `ModelError` for anything else, and nothing in the file is run. Source: `calib_nb.core.checkpoint`."""
+    content = read_checkpoint(path)
+    if content.get("format") != _FORMAT or not {"network", "weights"} <= set(content):
+        raise ModelError(f"{path} is no checkpoint of a depth network", expected=f"a file that train() wrote, format {_FORMAT}", fix="give a file of bare ResNet weights as imagenet")
     return content
 
 
 def load_network(path: str | Path) -> DepthNet:
-    """The network of a checkpoint, on the CPU, in eval mode. Source: ours."""
+    """The network of a checkpoint, on the CPU, in eval mode; `ModelError` when its weights do not fit its settings. Source: ours."""
     content = load_checkpoint(path)
-    network = DepthNet(**content["network"])
-    network.load_state_dict(content["weights"])
+    try:
+        network = DepthNet(**content["network"])
+        network.load_state_dict(content["weights"])
+    except (RuntimeError, TypeError, InputError) as e:
+        raise ModelError(f"{path}: its weights do not fit its settings: {str(e).splitlines()[0]}", fix="train it again") from e
     return network.eval()
 
 # %% ../../nbs/depth/78_train.ipynb #cell-21

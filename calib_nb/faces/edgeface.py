@@ -6,7 +6,6 @@
 __all__ = ['VARIANTS', 'Variant', 'edgeface', 'flops_table', 'read_checkpoint', 'load_checkpoint', 'export_onnx']
 
 # %% ../../nbs/faces/66_edgeface.ipynb #cell-2
-import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core import checkpoint
 from ..core.errors import ModelError, require_known
 from ..npu import export
 
@@ -81,27 +81,25 @@ _PACKED = "._packed_params._packed_params"
 def read_checkpoint(path: str | Path) -> dict:
     """The state dict {key: tensor} in a torch file, on the CPU; Linear layers packed by `quantize_dynamic` come out as float `weight` and `bias`.
 
-    Nothing in the file is run. What is not there, cut short, or not a state dict is a `ModelError`. Source: torch.load(weights_only=True).
+    What is not there, cut short, or not a state dict is a `ModelError`, and nothing in the file is run. Source: `calib_nb.core.checkpoint`; torch.ao.quantization for the layout.
     """
     import torch
 
-    path, expected, fix = Path(path), "a state dict saved by torch.save", "copy the checkpoint again"
-    if not path.is_file():
-        raise ModelError(f"no such checkpoint: {path}", expected=expected, fix="check the path")
+    wrong = ModelError(f"{path} holds more than tensors, or none", expected="a state dict saved by torch.save", fix="save the state_dict of the network by itself")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to drop its quantized tensors one day, which is no news to a user
+        state = checkpoint.read_checkpoint(path)
+    if not state or not all(isinstance(key, str) for key in state):
+        raise wrong
+    packed = {key.removesuffix(_PACKED): value for key, value in state.items() if key.endswith(_PACKED)}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch means to drop its quantized tensors one day, which is no news to a user
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            packed = {key.removesuffix(_PACKED): value for key, value in state.items() if key.endswith(_PACKED)}
-            floats = {f"{layer}.{part}": value.dequantize() for layer, pair in packed.items() for part, value in zip(("weight", "bias"), pair, strict=True) if value is not None}
-    except Exception as e:  # a damaged pickle can fail in any way
-        if asked := re.search(r"GLOBAL (\S+)", str(e)):
-            raise ModelError(f"{path} wants to run '{asked[1]}' and was not loaded", expected="tensors alone", fix="do not use it unless you know where it comes from; then save its state_dict") from e
-        raise ModelError(f"{path} cannot be read as a checkpoint: it is cut short, or no state dict", expected=expected, fix=fix) from e
+        floats = {f"{layer}.{part}": value.dequantize() for layer, pair in packed.items() for part, value in zip(("weight", "bias"), pair, strict=True) if value is not None}
+    except (AttributeError, RuntimeError, TypeError, ValueError) as e:  # a layer that is packed in another way
+        raise wrong from e
     beside = {f"{layer}.{part}" for layer in packed for part in ("scale", "zero_point", "_packed_params.dtype", "_packed_params._packed_params")}
     state = {key: value for key, value in state.items() if key not in beside} | floats
-    if not state or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
-        raise ModelError(f"{path} holds more than tensors, or none", expected=expected, fix="save the state_dict of the network by itself")
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise wrong
     return state
 
 # %% ../../nbs/faces/66_edgeface.ipynb #cell-23

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'similarity', 'AgreementTask', 'unseen', 'run_model', 'Drop', 'paired_bootstrap', 'mcnemar', 'latency',
-           'verdict', 'int8_share', 'worst_slice', 'Comparison', 'compare', 'plot_comparison']
+           'verdict', 'int8_share', 'slices_table', 'worst_slice', 'Comparison', 'compare', 'plot_comparison']
 
 # %% ../../nbs/quant/47_evaluate.ipynb #cell-2
 import time
@@ -203,15 +203,23 @@ def int8_share(path: str | Path) -> float:
     return coverage(graph, graph)
 
 
-def worst_slice(task: Task, labels: pd.DataFrame, reference: pd.DataFrame, units: pd.DataFrame, *, least: int = 8) -> tuple[str, float]:
-    """"column: label" of the slice whose primary metric drops most, and that drop; `labels` has a row per unit. Slices of fewer than `least` units are left out; ("", NaN) when none is left. Source: ours."""
-    found = [("", np.nan)]
+def slices_table(task: Task, labels: pd.DataFrame, reference: pd.DataFrame, units: pd.DataFrame, *, least: int = 8) -> pd.DataFrame:
+    """One row per value of each column of `labels` (a row per unit) with at least `least` units, the largest loss first: slice (the column), value, units, reference, model (the task's primary metric of each), drop (positive when the model is worse). Source: ours."""
+    if not len(labels) == len(reference) == len(units):
+        raise InputError(f"{len(labels)} labels for {len(units)} scoring units and {len(reference)} of the float model", expected="one per unit, the same units for both")
+    rows = []
     for column in labels:
-        for label, rows in labels.groupby(column, observed=True).indices.items():
-            if len(rows) >= least:
-                before, after = (task.metrics(table.iloc[rows].reset_index(drop=True))[task.primary] for table in (reference, units))
-                found.append((f"{column}: {label}", (before - after) * (1 if task.higher_is_better else -1)))
-    return max(found, key=lambda pair: -np.inf if np.isnan(pair[1]) else pair[1])
+        for value, chosen in labels.groupby(column, observed=True).indices.items():
+            if len(chosen) >= least:
+                before, after = (task.metrics(table.iloc[chosen].reset_index(drop=True))[task.primary] for table in (reference, units))
+                rows.append((column, value, len(chosen), before, after, (before - after) * (1 if task.higher_is_better else -1)))
+    return pd.DataFrame(rows, columns=["slice", "value", "units", "reference", "model", "drop"]).sort_values("drop", ascending=False, kind="stable", ignore_index=True)
+
+
+def worst_slice(task: Task, labels: pd.DataFrame, reference: pd.DataFrame, units: pd.DataFrame, *, least: int = 8) -> tuple[str, float]:
+    """"column: label" of the first row of `slices_table` and its drop; ("", NaN) when it has none. Source: ours."""
+    table = slices_table(task, labels, reference, units, least=least).dropna(subset="drop")
+    return (f"{table['slice'][0]}: {table['value'][0]}", float(table["drop"][0])) if len(table) else ("", float("nan"))
 
 
 @dataclass(frozen=True)

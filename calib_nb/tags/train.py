@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..core.checkpoint import load_imagenet, read_checkpoint
 from ..core.errors import CheckFailed, InputError, ModelError
 from ..core.run import atomic_file
 from .coco import EpochBatches, TagDataset, TagSet, load_coco
 from .config import TrainConfig, load_train_config, save_train_config
 from .losses import loss_function
 from .metrics import deal_rows, tag_map
-from .resnet import TaggerSpec, build_tagger, load_imagenet, read_checkpoint, save_tagger, tagger_spec
+from .resnet import TaggerSpec, build_tagger, save_tagger, tagger_spec
 
 # %% ../../nbs/tags/55_train.ipynb #cell-7
 def training_sets(config: TrainConfig, *, progress: bool = True) -> tuple[TagSet, TagSet]:
