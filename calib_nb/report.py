@@ -141,8 +141,8 @@ class Report:
 
 
 def run_path(report: str, parameters: Mapping[str, object], root: str | Path | None = None) -> Path:
-    """`<root>/<report>/<subject>/<name>`; the subject is the stem of the first of model, source_dir, images that is given, else "demo". Source: ours."""
-    subject = next((Path(str(parameters[key])).stem for key in ("model", "source_dir", "dataset_path", "images") if parameters.get(key)), "demo")
+    """`<root>/<report>/<subject>/<name>`; the subject is the stem of the first of model, checkpoint, source_dir, dataset_path, images that is given, else "demo". Source: ours."""
+    subject = next((Path(str(parameters[key])).stem for key in ("model", "checkpoint", "source_dir", "dataset_path", "images") if parameters.get(key)), "demo")
     name = str(parameters.get("name") or "demo")
     if not all(re.fullmatch(r"[\w.+-]+", part) and part.strip(".") for part in (subject, name)):
         raise InputError(f"run name '{name}' or model name '{subject}' cannot be a folder", expected="letters, digits, '-', '_', '.' and '+'", fix="-p name=run1")

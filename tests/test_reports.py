@@ -100,6 +100,15 @@ def test_yunet_on_labelled_photos(real_data, tmp_path):
     assert (done.metrics[["precision", "recall"]].iloc[0] > 0.9).all() and 0 < done.metrics["landmark_px"][1] < 3
 
 
+def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
+    given = {"model": str(real_data / "models/FastestDet_opset13.onnx"), "coco": str(real_data / "coco/instances_val.json"), "images": str(real_data / "coco/val"), "calibration_images": str(real_data / "coco/train")}
+    done = run_report("tags", given | {"profiles": "ort-cpu", "method": "minmax", "threads": 1}, root=tmp_path)
+    assert done.metrics["map"][0] > 55 and (done.metrics["drop"][1:] <= 1).all() and done.metrics.int8_share[1] > 0.9
+    scored, calibrated = ({line for line in (done.folder / f"{part}_images.txt").read_text().split()} for part in ("scored", "calibration"))
+    assert scored and len(calibrated) == 100 and not scored & calibrated
+    assert "Synthetic" not in done.page.read_text(encoding="utf-8")
+
+
 def test_an_installed_package_carries_its_reports(tmp_path):
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root], check=True, capture_output=True)

@@ -66,7 +66,7 @@ def test_a_pte_with_learned_steps_is_within_one_step_of_torch_on_every_photo(ste
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [{}, {"per_channel": False}, {"weight_bits": 4}])
+@pytest.mark.parametrize("steps", [{}, {"per_channel": False}, {"weight_bits": 4}, {"per_channel": False, "ends": True}])
 def test_a_resnet_with_learned_steps_is_within_one_step_too(steps, tmp_path):
     assert steps_apart(network(), tmp_path, **steps) <= 1
 

@@ -185,16 +185,25 @@ def integer_program(module, size: int):
         made.forward = lambda x: function(x, *grid)
         return made
 
-    for node, layer in _layers(new).items():
-        new.set_submodule(node.target, _stored(layer, isinstance(layer, nn.Linear)))
-    for node in [n for n in new.graph.nodes if n.op == "call_module" and n.target.startswith("code_")]:
-        q = new.get_submodule(node.target)
-        new.set_submodule(node.target, code(q, "quantize_per_tensor"))
+    def read_back(node, q):
         for k, reader in enumerate(list(node.users)):
             new.add_submodule(name := f"{node.target}_{k}", code(q, "dequantize_per_tensor"))
             with new.graph.inserting_after(node):
                 read = new.graph.call_module(name, (node,))
             reader.replace_input_with(node, read)
+
+    for node, layer in _layers(new).items():
+        new.set_submodule(node.target, _stored(layer, isinstance(layer, nn.Linear)))
+    for node in [n for n in new.graph.nodes if n.op == "call_module" and n.target.startswith("code_")]:
+        q = new.get_submodule(node.target)
+        new.set_submodule(node.target, code(q, "quantize_per_tensor"))
+        for pool in [n for n in node.users if n.op == "call_module" and isinstance(new.get_submodule(n.target), nn.MaxPool2d)]:
+            new.add_submodule(name := f"{node.target}_pooled", code(q, "quantize_per_tensor"))  # changes no value, and XNNPACK wants the codes on both sides
+            with new.graph.inserting_after(pool):
+                again = new.graph.call_module(name, (pool,))
+            pool.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+            read_back(again, q)
+        read_back(node, q)
     new.graph.lint()
     new.recompile()
     return torch.export.export(new.eval(), (torch.zeros(1, 3, size, size),))

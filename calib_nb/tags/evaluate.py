@@ -152,7 +152,7 @@ def open_tagger(path: str | Path, *, classes: Sequence[str] = (), preprocess: Pr
 @dataclass(frozen=True)
 class TagEvaluation:
     """Scores of a tagger: `map` (0..1) over `photos`; `threshold`, the best on the tuning part; `rates` (threshold, precision, recall, f1 and macro_... at 0.5 and at the best) on the other part of `scored` photos;
-    `per_class` (category, average_precision, photos with it); the tuning part's `curve`; size_mb, latency_ms, latency_iqr_ms. Source: ours."""
+    `per_class` (category, average_precision, photos with it); the tuning part's `curve`; size_mb, latency_ms, latency_iqr_ms; `units`, the scores and targets of every photo as `TaggingTask.units` gives them. Source: ours."""
 
     map: float
     photos: int
@@ -164,13 +164,15 @@ class TagEvaluation:
     size_mb: float
     latency_ms: float
     latency_iqr_ms: float
+    units: pd.DataFrame
 
 
 def evaluate_tagger(tagger: Tagger, tags: TagSet, *, tune_share: float = 0.3, seed: int = 0, latency_runs: int = 20, progress: bool = True) -> TagEvaluation:
     """Score a tagger on photos with tags; `tune_share` of them are dealt out by `seed` to find the threshold. `InputError` for categories that it does not know. Source: ours."""
     task = tagger.task(tags.align(tagger.classes).table, tagger.preprocess)
     outputs = run_model(tagger.session, task, progress=progress, desc=tagger.path.name)
-    scores, targets = np.hsplit(task.units(outputs, outputs).to_numpy(), 2)
+    units = task.units(outputs, outputs)
+    scores, targets = np.hsplit(units.to_numpy(), 2)
     probabilities = 1 / (1 + np.exp(-scores))
     tune, score = deal_rows(len(scores), share=tune_share, seed=seed)
     curve = threshold_curve(probabilities[tune], targets[tune])
@@ -182,7 +184,7 @@ def evaluate_tagger(tagger: Tagger, tags: TagSet, *, tune_share: float = 0.3, se
         rows.append({"threshold": threshold, **tag_rates(said, targets[score]), **macro})
     per_class = pd.DataFrame({"category": tagger.classes, "average_precision": average_precision(scores, targets), "photos": targets.sum(0).astype(int)})
     times = latency({"model": tagger.session}, task.load(task.samples[0]), runs=latency_runs).loc["model"]
-    return TagEvaluation(tag_map(scores, targets), len(scores), best, len(score), pd.DataFrame(rows), per_class, curve, tagger.path.stat().st_size / 1e6, float(times.latency_ms), float(times.latency_iqr_ms))
+    return TagEvaluation(tag_map(scores, targets), len(scores), best, len(score), pd.DataFrame(rows), per_class, curve, tagger.path.stat().st_size / 1e6, float(times.latency_ms), float(times.latency_iqr_ms), units)
 
 # %% ../../nbs/tags/56_evaluate.ipynb #cell-19
 def predict_tags(tagger: Tagger, image: str | Path | np.ndarray) -> pd.DataFrame:
