@@ -26,7 +26,7 @@ demo: $(READY)  ## the whole job on built-in data, in outputs/demo
 
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
-	@set -o pipefail; $(BIN)/python -m pytest tests -m "not slow" --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
+	@set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --maxprocesses 4 --dist worksteal --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
 	@echo "== all checks passed; the log is $(CURDIR)/outputs/test/log.txt"
 
 test-slow: $(READY)  ## the checks that take longer than a coffee
