@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.run import atomic_folder, cache_root
+from ..core.run import cache_root, made_once
 from ..data.demo_depth import RENDERER
 
 _RECIPE = 2  # one more when the same settings would give another network
@@ -61,7 +61,5 @@ def demo_depth(folder: str | Path | None = None, settings: DemoTraining = DemoTr
     """The demo's data and model from `folder` (default: in the user's cache, one per settings and recipe), or made there now, in some 15 s. Synthetic. Source: ours."""
     key = hashlib.sha256(repr((settings, RENDERER, _RECIPE)).encode()).hexdigest()[:12]
     folder = Path(folder) if folder is not None else cache_root() / f"demo_depth_{key}"
-    if not (folder / "demo_depth.onnx").is_file():
-        with atomic_folder(folder) as partial:
-            _make(partial, settings)
+    folder = made_once(folder, "demo_depth.onnx", lambda new: _make(new, settings))
     return DemoDepth(folder / "ncdb", folder / "demo_depth.onnx")

@@ -9,8 +9,6 @@ __all__ = ['compact_tagger', 'train_compact', 'TaggingTask', 'DemoTagger', 'demo
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError
-from ..core.run import cache_root
+from ..core.run import cache_root, made_once
 from ..data.demo_tags import load_tagged, tagged_splits
 from ..data.preprocess import Preprocess, preset
 from ..npu.export import export_onnx
@@ -151,16 +149,11 @@ def demo_tagger(*, train: int = 900, calibration: int = 300, val: int = 300, siz
 
     chosen = {"train": train, "calibration": calibration, "val": val, "size": size, "epochs": epochs, "seed": seed}
     key = hashlib.sha256(json.dumps({**chosen, "format": _FORMAT, "torch": torch.__version__}).encode()).hexdigest()[:16]
-    folder, chain = cache_root() / "demo_tagger" / key, preset("resnet-tags", size=(size, size))
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{key}.", ignore_cleanup_errors=True) as own:
-            new = Path(own) / key
-            splits = tagged_splits(new, train=train, calibration=calibration, val=val, size=size, seed=seed)
-            export_onnx(train_compact(splits["train"], chain, epochs=epochs, seed=seed, progress=progress), new / "tagger.onnx", (size, size), outputs=("logits",))
-            try:
-                os.rename(new, folder)
-            except OSError:
-                if not folder.is_dir():  # when it is there, another process was first
-                    raise
+    chain = preset("resnet-tags", size=(size, size))
+
+    def make(new: Path) -> None:
+        splits = tagged_splits(new, train=train, calibration=calibration, val=val, size=size, seed=seed)
+        export_onnx(train_compact(splits["train"], chain, epochs=epochs, seed=seed, progress=progress), new / "tagger.onnx", (size, size), outputs=("logits",))
+
+    folder = made_once(cache_root() / "demo_tagger" / key, "tagger.onnx", make)
     return DemoTagger(folder / "tagger.onnx", chain, *(folder / split / "instances.json" for split in ("train", "calibration", "val")))

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.run import atomic_folder, cache_root
+from ..core.run import cache_root, made_once
 from ..data.demo_tags import tagged_photos
 from .config import load_train_config
 from .qat import QatConfig, train_qat
@@ -77,7 +77,5 @@ def demo_checkpoints(folder: str | Path | None = None, settings: DemoTagging = D
 
     key = hashlib.sha256(repr((settings, _FORMAT, torch.__version__)).encode()).hexdigest()[:12]
     folder = Path(folder) if folder is not None else cache_root() / f"demo_checkpoints_{key}"
-    if not (folder / "qat.pth").is_file():
-        with atomic_folder(folder) as partial:
-            _make(partial, settings)
+    folder = made_once(folder, "qat.pth", lambda new: _make(new, settings))
     return DemoCheckpoints(folder / "float.pth", folder / "qat.pth", folder / "scored/instances.json", folder / "calibration/images")
