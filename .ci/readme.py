@@ -22,5 +22,9 @@ def readme() -> str:
 if __name__ == "__main__":
     target = root / "README.md"
     if "--check" in sys.argv:
-        sys.exit(0 if target.read_text(encoding="utf-8") == readme() else "README.md is not in step with nbs/index.ipynb: run `make export`")
+        sys.exit(
+            0
+            if target.read_text(encoding="utf-8") == readme()
+            else "README.md is not in step with nbs/index.ipynb: run `make export`"
+        )
     target.write_text(readme(), encoding="utf-8")

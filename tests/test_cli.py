@@ -18,7 +18,13 @@ SHELL = [sys.executable, "-c", "import sys; from calib_nb.cli import main; sys.e
 
 
 def calib_nb(*arguments, cwd=None, **env):
-    return subprocess.run([*SHELL, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": "", **env})
+    return subprocess.run(
+        [*SHELL, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": "", **env},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,12 @@ COMMANDS = ["prepare", "config", "verify", "fix-batch", "compile", "quantize", "
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_teaches_and_loads_nothing_heavy(command):
     code = f"import sys; sys.argv[1:] = {[*([command] if command else []), '--help']}\nfrom calib_nb.cli import main\ncode = main()\nprint(code, sorted(set(sys.modules) & {{'torch', 'onnx', 'onnxruntime', 'cv2', 'pandas', 'matplotlib', 'scipy'}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"},
+    )
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout[-300:] + done.stderr[-1000:]
     assert "Usage:" in done.stdout and ("Example" in done.stdout if command else "Exit codes" in done.stdout)
 
@@ -51,7 +62,10 @@ WRONG = {
     "no such folder": (["prepare", "--source-dir", "nowhere", "--output-dir", "never"], "nowhere"),
     "a file for a folder": (["prepare", "--source-dir", "text.jpg", "--output-dir", "never"], "text.jpg"),
     "no photos": (["prepare", "--source-dir", "empty", "--output-dir", "never"], "empty"),
-    "not a model": (["config", "--model-type", "yunet", "--model", "text.jpg", "--dataset-path", "empty", "--output-path", "never"], "ONNX"),
+    "not a model": (
+        ["config", "--model-type", "yunet", "--model", "text.jpg", "--dataset-path", "empty", "--output-path", "never"],
+        "ONNX",
+    ),
     "no model type": (["config", "--model-type", "yolo", "--dataset-path", "empty", "--output-path", "never"], "yunet"),
     "a config that is no JSON": (["verify", "--config", "text.jpg"], "JSON"),
     "a config that is empty": (["verify", "--config", "zero"], "empty"),
@@ -98,20 +112,44 @@ def test_ctrl_c_and_kill_leave_no_half_set_and_the_run_goes_on(tmp_path):
     graded_photos(tmp_path / "many", 250)
     command = [*SHELL, "prepare", "--source-dir", "many", "--output-dir", "set", "--num-samples", "20"]
     for how, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120"})
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120"},
+        )
         journal, deadline = tmp_path / ".set.partial", time.time() + 60
-        while time.time() < deadline and process.poll() is None and not any(p.stat().st_size > 500 for p in journal.glob("*") if p.is_file()):
+        while (
+            time.time() < deadline
+            and process.poll() is None
+            and not any(p.stat().st_size > 500 for p in journal.glob("*") if p.is_file())
+        ):
             time.sleep(0.005)
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
         assert process.returncode in (expected, 0) and "Traceback" not in err
         assert process.returncode == 0 or not (tmp_path / "set").exists()
     done = calib_nb(*command[len(SHELL) :], cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "set" / "README.md").exists() and not (tmp_path / ".set.partial").exists()
+    assert (
+        done.returncode == 0 and (tmp_path / "set" / "README.md").exists() and not (tmp_path / ".set.partial").exists()
+    )
 
 
 def _demo_config(demo, cwd, name="demo.json"):
-    done = calib_nb("config", "--model-type", "resnet-tags", "--model", demo / "tagger.onnx", "--dataset-path", demo / "calibration/images", "--output-path", name, cwd=cwd)
+    done = calib_nb(
+        "config",
+        "--model-type",
+        "resnet-tags",
+        "--model",
+        demo / "tagger.onnx",
+        "--dataset-path",
+        demo / "calibration/images",
+        "--output-path",
+        name,
+        cwd=cwd,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / name).read_text())
 
@@ -142,23 +180,66 @@ def test_a_config_with_one_fault_is_refused_with_the_fix_named(fault, demo, tmp_
     config = _demo_config(demo, tmp_path)
     FAULTS[fault](config)
     (tmp_path / "wrong.json").write_text(json.dumps(config))
-    done = calib_nb("verify", "--config", "wrong.json", "--model", demo / "tagger.onnx", "--model-type", "resnet-tags", cwd=tmp_path)
+    done = calib_nb(
+        "verify", "--config", "wrong.json", "--model", demo / "tagger.onnx", "--model-type", "resnet-tags", cwd=tmp_path
+    )
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stdout + done.stderr
-    assert "mend:" in done.stdout or "did you mean 'calibration_method'" in done.stderr or "mend dataset_path" in done.stderr
+    assert (
+        "mend:" in done.stdout
+        or "did you mean 'calibration_method'" in done.stderr
+        or "mend dataset_path" in done.stderr
+    )
 
 
 def test_the_whole_job_step_by_step(demo, tmp_path):
     _demo_config(demo, tmp_path)
-    done = calib_nb("verify", "--config", "demo.json", "--model", demo / "tagger.onnx", "--visualize", "--output-dir", "seen", cwd=tmp_path)
+    done = calib_nb(
+        "verify",
+        "--config",
+        "demo.json",
+        "--model",
+        demo / "tagger.onnx",
+        "--visualize",
+        "--output-dir",
+        "seen",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and len(list((tmp_path / "seen").rglob("*.png"))) == 5, done.stderr
-    done = calib_nb("quantize", "--model", demo / "tagger.onnx", "--config", "demo.json", "--output", "int8.onnx", "--num-samples", 30, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "int8.onnx").stat().st_size < (demo / "tagger.onnx").stat().st_size, done.stderr
+    done = calib_nb(
+        "quantize",
+        "--model",
+        demo / "tagger.onnx",
+        "--config",
+        "demo.json",
+        "--output",
+        "int8.onnx",
+        "--num-samples",
+        30,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and (tmp_path / "int8.onnx").stat().st_size < (demo / "tagger.onnx").stat().st_size, (
+        done.stderr
+    )
     models = ["--float", demo / "tagger.onnx", "--int8", "int8.onnx", "--config", "demo.json"]
-    done = calib_nb("compare", *models, "--coco", demo / "val/instances.json", "--budget", 0.1, "--output", "table.csv", cwd=tmp_path)
+    done = calib_nb(
+        "compare",
+        *models,
+        "--coco",
+        demo / "val/instances.json",
+        "--budget",
+        0.1,
+        "--output",
+        "table.csv",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and "within budget" in done.stdout, done.stdout + done.stderr
-    done = calib_nb("compare", *models, "--images", demo / "val/images", "--num-samples", 20, "--budget", 0, cwd=tmp_path)
+    done = calib_nb(
+        "compare", *models, "--images", demo / "val/images", "--num-samples", 20, "--budget", 0, cwd=tmp_path
+    )
     assert done.returncode == 1 and "over the budget" in done.stderr
-    again = calib_nb("quantize", "--model", "int8.onnx", "--config", "demo.json", "--output", "twice.onnx", cwd=tmp_path)
+    again = calib_nb(
+        "quantize", "--model", "int8.onnx", "--config", "demo.json", "--output", "twice.onnx", cwd=tmp_path
+    )
     assert again.returncode == 2 and "already quantized" in again.stderr and not (tmp_path / "twice.onnx").exists()
 
 
@@ -171,15 +252,45 @@ def test_the_scores_of_compare_are_onnx_runtimes(demo, tmp_path):
     from calib_nb.npu.config import config_preprocess, load_config
 
     _demo_config(demo, tmp_path)
-    calib_nb("quantize", "--model", demo / "tagger.onnx", "--config", "demo.json", "--output", "int8.onnx", "--num-samples", 10, cwd=tmp_path)
+    calib_nb(
+        "quantize",
+        "--model",
+        demo / "tagger.onnx",
+        "--config",
+        "demo.json",
+        "--output",
+        "int8.onnx",
+        "--num-samples",
+        10,
+        cwd=tmp_path,
+    )
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted((demo / "val/images").iterdir())[:5]:
         (few / path.name).write_bytes(path.read_bytes())
-    done = calib_nb("compare", "--float", demo / "tagger.onnx", "--int8", "int8.onnx", "--config", "demo.json", "--images", few, "--output", "table.csv", cwd=tmp_path)
+    done = calib_nb(
+        "compare",
+        "--float",
+        demo / "tagger.onnx",
+        "--int8",
+        "int8.onnx",
+        "--config",
+        "demo.json",
+        "--images",
+        few,
+        "--output",
+        "table.csv",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     chain = config_preprocess(load_config(tmp_path / "demo.json"))
-    outputs = [[ort.InferenceSession(str(model)).run(None, {"input": chain(decode(p))})[0].ravel() for p in sorted(few.iterdir())] for model in (demo / "tagger.onnx", tmp_path / "int8.onnx")]
+    outputs = [
+        [
+            ort.InferenceSession(str(model)).run(None, {"input": chain(decode(p))})[0].ravel()
+            for p in sorted(few.iterdir())
+        ]
+        for model in (demo / "tagger.onnx", tmp_path / "int8.onnx")
+    ]
     cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(*outputs, strict=True)]
     assert pd.read_csv(tmp_path / "table.csv")["cosine"][1] == pytest.approx(np.mean(cosines), abs=1e-5)
 

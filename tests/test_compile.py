@@ -38,7 +38,9 @@ def place(tmp_path, monkeypatch):
 
 
 def stand_in(body, name="dxcom"):
-    Path("bin", name).write_text(f"#!{sys.executable}\nimport json, os, sys, time\nargs = sys.argv[1:]\nout = args[args.index('-o') + 1] if '-o' in args else args[args.index('--output') + 1]\n{body}\n")
+    Path("bin", name).write_text(
+        f"#!{sys.executable}\nimport json, os, sys, time\nargs = sys.argv[1:]\nout = args[args.index('-o') + 1] if '-o' in args else args[args.index('--output') + 1]\n{body}\n"
+    )
     Path("bin", name).chmod(0o755)
 
 
@@ -47,7 +49,12 @@ WRITE = "print('compiling', args)\nprint('a warning', file=sys.stderr)\nopen(os.
 
 def test_without_the_compiler_its_command_line_is_told(place):
     done = compile_model("my model.onnx", "c.json", "out")
-    assert not done.ran and done.exit_code == 0 and done.command == "dxcom -m 'my model.onnx' -c c.json -o out" and not Path("out").exists()
+    assert (
+        not done.ran
+        and done.exit_code == 0
+        and done.command == "dxcom -m 'my model.onnx' -c c.json -o out"
+        and not Path("out").exists()
+    )
     assert shlex.split(done.command)[2] == "my model.onnx"
 
 
@@ -59,16 +66,32 @@ def test_with_the_compiler(place):
     assert "'-m', 'my model.onnx', '-c', 'c.json', '-o'" in log and "a warning" in log
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["inputs"]["model"]["sha256"] == hashlib.sha256(Path("my model.onnx").read_bytes()).hexdigest()
-    assert set(manifest["outputs"]) == {"model.dxnn", "compile.log"} and manifest["steps"][0]["seconds"] >= 0 and manifest["parameters"]["command"] == done.command
+    assert (
+        set(manifest["outputs"]) == {"model.dxnn", "compile.log"}
+        and manifest["steps"][0]["seconds"] >= 0
+        and manifest["parameters"]["command"] == done.command
+    )
     assert compile_model("my model.onnx", "c.json", "out").exit_code == 0  # its own result may be replaced
     assert not compile_model("my model.onnx", "c.json", "out", run=False).ran
 
 
-@pytest.mark.parametrize("body, code", [("sys.exit(7)", 7), (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", 128 + signal.SIGSEGV), ("pass", 1), (WRITE + "; sys.exit(2)", 2)])
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("sys.exit(7)", 7),
+        (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", 128 + signal.SIGSEGV),
+        ("pass", 1),
+        (WRITE + "; sys.exit(2)", 2),
+    ],
+)
 def test_exit_codes_are_passed_on_and_nothing_is_left(place, body, code):
     stand_in(f"print('before')\nsys.stdout.flush()\n{body}")
     done = compile_model("my model.onnx", "c.json", "out")
-    assert (done.exit_code, done.files, done.manifest) == (code, (), None) and "before" in done.log.read_text() and done.problem
+    assert (
+        (done.exit_code, done.files, done.manifest) == (code, (), None)
+        and "before" in done.log.read_text()
+        and done.problem
+    )
     assert not Path("out").exists() and not list(place.glob(".*partial"))
 
 
@@ -77,11 +100,16 @@ def test_a_failed_run_leaves_the_older_result(place):
     compile_model("my model.onnx", "c.json", "out")
     before = Path("out/manifest.json").read_bytes()
     stand_in("sys.exit(1)")
-    assert compile_model("my model.onnx", "c.json", "out").exit_code == 1 and Path("out/manifest.json").read_bytes() == before
+    assert (
+        compile_model("my model.onnx", "c.json", "out").exit_code == 1
+        and Path("out/manifest.json").read_bytes() == before
+    )
 
 
 def test_too_long_ends_the_whole_group(place):
-    stand_in("import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))\ntime.sleep(60)")
+    stand_in(
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))\ntime.sleep(60)"
+    )
     start = time.perf_counter()
     done = compile_model("my model.onnx", "c.json", "out", timeout_s=2)
     assert done.exit_code == 124 and time.perf_counter() - start < 8
@@ -99,7 +127,9 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing(place):
     stand_in("open('child', 'w').write(str(os.getpid()))\ntime.sleep(60)")
     code = "from calib_nb.npu.compile import compile_model; compile_model('my model.onnx', 'c.json', 'out')"
     root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL
+    )
     for _ in range(200):
         if Path("child").exists() and Path("child").read_text():
             break
@@ -114,33 +144,49 @@ def test_nothing_goes_through_a_shell(place):
     nasty = "x; touch owned $(touch owned) `touch owned`.onnx"
     os.rename("my model.onnx", nasty)
     done = compile_model(nasty, "c.json", "out")
-    assert done.exit_code == 0 and not Path("owned").exists() and json.loads(Path("out/args.json").read_text())[1] == nasty
+    assert (
+        done.exit_code == 0 and not Path("owned").exists() and json.loads(Path("out/args.json").read_text())[1] == nasty
+    )
 
 
 def test_a_toolchain_of_ones_own(place):
-    Path("mine.yaml").write_text(TOOLCHAINS["generic"].replace("npu-compiler", "my-npu").replace("name: generic", "name: mine"))
+    Path("mine.yaml").write_text(
+        TOOLCHAINS["generic"].replace("npu-compiler", "my-npu").replace("name: generic", "name: mine")
+    )
     told = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
     options = dict(zip(*[iter(shlex.split(told.command)[1:])] * 2))
-    assert not told.ran and options["--num-samples"] == "3" and Path(options["--calibration-dir"]).is_dir() and options["--method"] == "ema"
-    assert [Path(p).name for p in Path(options["--calibration-list"]).read_text().splitlines()] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert (
+        not told.ran
+        and options["--num-samples"] == "3"
+        and Path(options["--calibration-dir"]).is_dir()
+        and options["--method"] == "ema"
+    )
+    assert [Path(p).name for p in Path(options["--calibration-list"]).read_text().splitlines()] == [
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+    ]
     assert "resize" in json.loads(Path(options["--preprocessing"]).read_text())[0]
     stand_in(WRITE, "my-npu")
     done = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
     assert done.files == ("model.dxnn",) and done.command.startswith("my-npu --model 'my model.onnx'")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("name: x\nprograms: [x]\ncommand: ['{modl}']", "did you mean 'model'"),
-    ("name: x\nprograms: [x]\ncomand: ['{model}']", "did you mean 'command'"),
-    ("name: x\nprograms: []\ncommand: ['{model}']", "programs"),
-    ("name: x\nprograms: [x]\ncommand: ['{model.__class__}']", "unknown place"),
-    ("name: x\nprograms: [x]\ncommand: ['{0}', '{}']", "unknown place"),
-    ("name: ../x\nprograms: [x]\ncommand: ['{model}']", "name"),
-    ("!!python/object/apply:os.system ['touch owned']", "no YAML"),
-    ("- a", "valid dictionary|object"),
-    ("", "valid dictionary|object"),
-    ("a: [", "no YAML"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: x\nprograms: [x]\ncommand: ['{modl}']", "did you mean 'model'"),
+        ("name: x\nprograms: [x]\ncomand: ['{model}']", "did you mean 'command'"),
+        ("name: x\nprograms: []\ncommand: ['{model}']", "programs"),
+        ("name: x\nprograms: [x]\ncommand: ['{model.__class__}']", "unknown place"),
+        ("name: x\nprograms: [x]\ncommand: ['{0}', '{}']", "unknown place"),
+        ("name: ../x\nprograms: [x]\ncommand: ['{model}']", "name"),
+        ("!!python/object/apply:os.system ['touch owned']", "no YAML"),
+        ("- a", "valid dictionary|object"),
+        ("", "valid dictionary|object"),
+        ("a: [", "no YAML"),
+    ],
+)
 def test_bad_toolchains(tmp_path, text, message):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:

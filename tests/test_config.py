@@ -21,8 +21,15 @@ from calib_nb.npu.validate import findings_table, refuse_errors, validate
 
 def face_model(path, batch=1, size=112, name="input", features=512):
     weight = onnx.numpy_helper.from_array(np.full((features, 3, 1, 1), 1e-3, np.float32), "w")
-    nodes = [helper.make_node("Conv", [name, "w"], ["y"]), helper.make_node("GlobalAveragePool", ["y"], ["z"]), helper.make_node("Flatten", ["z"], ["embedding"])]
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in ((name, [batch, 3, size, size]), ("embedding", [batch, features]))]
+    nodes = [
+        helper.make_node("Conv", [name, "w"], ["y"]),
+        helper.make_node("GlobalAveragePool", ["y"], ["z"]),
+        helper.make_node("Flatten", ["z"], ["embedding"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in ((name, [batch, 3, size, size]), ("embedding", [batch, features]))
+    ]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
@@ -55,31 +62,85 @@ def test_generated_configs_are_sound_and_come_back_the_same(place, kind, target)
     save_config(config, "c.json")
     assert load_config("c.json") == config and validate("c.json", target=target) == []
     raw = json.loads(Path("c.json").read_text())
-    assert list(raw) == ["inputs", "calibration_method", "calibration_num", "default_loader"] and raw["inputs"]["input"][0] == 1
+    assert (
+        list(raw) == ["inputs", "calibration_method", "calibration_num", "default_loader"]
+        and raw["inputs"]["input"][0] == 1
+    )
     assert config_preprocess(config)(np.zeros((50, 60, 3), np.uint8)).shape == tuple(raw["inputs"]["input"])
 
 
 def test_everything_of_the_manual_is_read_and_written_as_it_was(place):
     raw = place | {
         "quantization_device": "cuda:1",
-        "enhanced_scheme": {"DXQ-P0": {"alpha": 0.5}, "DXQ-P1": True, "DXQ-P2": {"alpha": 0.1, "beta": 1.0, "cosim_num": 2}, "DXQ-P3": {"num_samples": 1024}, "DXQ-P4": False},
-        "qmaster": {"batch_size": 16, "epochs": 30, "lr": 1e-5, "optimizer": "adamw", "criterion": "mse", "scheduler": "cosine", "use_kd": True, "kd_alpha": 1.0, "kd_temperature": 4.0},
-        "ppu": {"type": 1, "num_classes": 80, "layer": [{"bbox": "Mul_441", "cls_conf": "Sigmoid_442"}], "conf_thres": 0.25},
+        "enhanced_scheme": {
+            "DXQ-P0": {"alpha": 0.5},
+            "DXQ-P1": True,
+            "DXQ-P2": {"alpha": 0.1, "beta": 1.0, "cosim_num": 2},
+            "DXQ-P3": {"num_samples": 1024},
+            "DXQ-P4": False,
+        },
+        "qmaster": {
+            "batch_size": 16,
+            "epochs": 30,
+            "lr": 1e-5,
+            "optimizer": "adamw",
+            "criterion": "mse",
+            "scheduler": "cosine",
+            "use_kd": True,
+            "kd_alpha": 1.0,
+            "kd_temperature": 4.0,
+        },
+        "ppu": {
+            "type": 1,
+            "num_classes": 80,
+            "layer": [{"bbox": "Mul_441", "cls_conf": "Sigmoid_442"}],
+            "conf_thres": 0.25,
+        },
     }
     (config := CompilerConfig.model_validate(raw))
     assert config.to_dict() == raw and validate(raw) == []
-    raw["ppu"] = {"type": 0, "num_classes": 80, "layer": {"Conv_1": {"num_anchors": 3}}, "conf_thres": 0.25, "activation": "Sigmoid"}
+    raw["ppu"] = {
+        "type": 0,
+        "num_classes": 80,
+        "layer": {"Conv_1": {"num_anchors": 3}},
+        "conf_thres": 0.25,
+        "activation": "Sigmoid",
+    }
     assert CompilerConfig.model_validate(raw).to_dict()["ppu"] == raw["ppu"]
 
 
 PLANTED = {
-    "wrong input name": (lambda r: r | {"inputs": {"images": r["inputs"]["input"]}}, "inputs", '"input": [1, 3, 112, 112]'),
+    "wrong input name": (
+        lambda r: r | {"inputs": {"images": r["inputs"]["input"]}},
+        "inputs",
+        '"input": [1, 3, 112, 112]',
+    ),
     "batch 2": (lambda r: r | {"inputs": {"input": [2, 3, 112, 112]}}, "inputs.input[0]", "[1, 3, 112, 112]"),
-    "missing transpose": (lambda r: with_loader(r, preprocessings=[s for s in r["default_loader"]["preprocessings"] if "transpose" not in s]), "preprocessings", '"transpose": {"axis": [2, 0, 1]}'),
-    "normalise before div": (lambda r: with_loader(r, preprocessings=[r["default_loader"]["preprocessings"][i] for i in (0, 1, 3, 2, 4, 5)]), "preprocessings[2]", "move step 3 before step 2"),
-    "swapped colours": (lambda r: with_loader(r, preprocessings=[{"convertColor": {"form": "RGB2BGR"}}, *r["default_loader"]["preprocessings"][1:]]), "preprocessings[0]", "BGR2RGB"),
+    "missing transpose": (
+        lambda r: with_loader(
+            r, preprocessings=[s for s in r["default_loader"]["preprocessings"] if "transpose" not in s]
+        ),
+        "preprocessings",
+        '"transpose": {"axis": [2, 0, 1]}',
+    ),
+    "normalise before div": (
+        lambda r: with_loader(r, preprocessings=[r["default_loader"]["preprocessings"][i] for i in (0, 1, 3, 2, 4, 5)]),
+        "preprocessings[2]",
+        "move step 3 before step 2",
+    ),
+    "swapped colours": (
+        lambda r: with_loader(
+            r, preprocessings=[{"convertColor": {"form": "RGB2BGR"}}, *r["default_loader"]["preprocessings"][1:]]
+        ),
+        "preprocessings[0]",
+        "BGR2RGB",
+    ),
     "no such folder": (lambda r: with_loader(r, dataset_path="fotos"), "dataset_path", "mend dataset_path"),
-    "misspelt key": (lambda r: {**{k: v for k, v in r.items() if k != "calibration_num"}, "calibration_nums": 12}, "calibration_nums", "did you mean 'calibration_num'"),
+    "misspelt key": (
+        lambda r: {**{k: v for k, v in r.items() if k != "calibration_num"}, "calibration_nums": 12},
+        "calibration_nums",
+        "did you mean 'calibration_num'",
+    ),
 }
 
 
@@ -99,16 +160,26 @@ def test_planted_faults_are_refused_with_the_fix(place, fault):
 
 def test_all_faults_of_one_file_are_found_at_once(place):
     raw = place
-    for plant in (PLANTED[k][0] for k in ("wrong input name", "normalise before div", "no such folder", "misspelt key")):
+    for plant in (
+        PLANTED[k][0] for k in ("wrong input name", "normalise before div", "no such folder", "misspelt key")
+    ):
         raw = plant(copy.deepcopy(raw))
     found = [f.where for f in errors(raw, "face.onnx")]
-    for where in ("calibration_nums", "calibration_num", "inputs", "default_loader.dataset_path", "default_loader.preprocessings[2]"):
+    for where in (
+        "calibration_nums",
+        "calibration_num",
+        "inputs",
+        "default_loader.dataset_path",
+        "default_loader.preprocessings[2]",
+    ):
         assert where in found
     with open("bad.json", "w") as f:
         json.dump(raw | {"calibration_method": "emma", "ppu": {"type": 3}}, f)
     with pytest.raises(ConfigError) as caught:
         load_config("bad.json")
-    assert all(part in str(caught.value) for part in ("calibration_nums", "'ema'?", "ppu.type", "ppu.layer", "6 faults")) and "\n" not in str(caught.value)
+    assert all(
+        part in str(caught.value) for part in ("calibration_nums", "'ema'?", "ppu.type", "ppu.layer", "6 faults")
+    ) and "\n" not in str(caught.value)
 
 
 def test_more_faults_each_named(place):
@@ -121,7 +192,20 @@ def test_more_faults_each_named(place):
         (with_loader(place, dataset_path="../"), {"data_root": "photos"}, "dataset_path", "--data-root"),
         (with_loader(place, dataset_path=""), {}, "dataset_path", ""),
         (with_loader(place, preprocessings=[]), {}, "preprocessings", "resize to 112x112"),
-        (with_loader(place, preprocessings=[{"resize": {"width": 112, "height": 112}}, {"convertColor": {"form": "BGR2GRAY"}}, {"transpose": {"axis": [2, 0, 1]}}, {"expandDim": {"axis": 0}}]), {}, "preprocessings", "GRAY"),
+        (
+            with_loader(
+                place,
+                preprocessings=[
+                    {"resize": {"width": 112, "height": 112}},
+                    {"convertColor": {"form": "BGR2GRAY"}},
+                    {"transpose": {"axis": [2, 0, 1]}},
+                    {"expandDim": {"axis": 0}},
+                ],
+            ),
+            {},
+            "preprocessings",
+            "GRAY",
+        ),
         (place | {"inputs": {}}, {}, "inputs", ""),
         (place | {"inputs": {"input": [1, 3, 112]}}, {}, "inputs.input", ""),
         (place | {"inputs": {"input": [1, 3, 0, 112]}}, {}, "inputs.input[2]", ""),
@@ -156,7 +240,22 @@ def test_findings_about_the_model(place):
     assert any("the model takes [1, 3, 64, 64]" in f.what for f in errors(place, face_model("small.onnx", size=64)))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "nul", '{"inputs": NaN}', '{"inputs": {"a": [1, 3, Infinity, 2]}}', "[" * 50_000, '{"a":' * 50_000, "\x00\x01", '{"calibration_num": ' + "9" * 5000 + "}"], ids=range(10))
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "nul",
+        '{"inputs": NaN}',
+        '{"inputs": {"a": [1, 3, Infinity, 2]}}',
+        "[" * 50_000,
+        '{"a":' * 50_000,
+        "\x00\x01",
+        '{"calibration_num": ' + "9" * 5000 + "}",
+    ],
+    ids=range(10),
+)
 def test_malformed_files_are_one_clear_error(tmp_path, content):
     path = tmp_path / "c.json"
     path.write_bytes(content.encode())
@@ -212,7 +311,9 @@ def test_dataset_path_starts_from_the_folder_of_the_compiler(place, tmp_path):
 
 
 def test_generate_reads_the_model_and_refuses_what_differs(place):
-    assert generate("edgeface", "x", model=face_model("m.onnx", size=96, name="data")).inputs == {"data": (1, 3, 96, 96)}
+    assert generate("edgeface", "x", model=face_model("m.onnx", size=96, name="data")).inputs == {
+        "data": (1, 3, 96, 96)
+    }
     for error, options in (
         (ConfigError, {"model": "m.onnx", "input_name": "input"}),
         (ConfigError, {"model": "m.onnx", "input_size": (112, 112)}),
@@ -229,8 +330,24 @@ def test_generate_reads_the_model_and_refuses_what_differs(place):
     assert generate("yunet", "x", input_size=(64, 32), input_name="data").inputs == {"data": (1, 3, 32, 64)}
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3), max_leaves=8)
-PATHS = [("inputs",), ("calibration_method",), ("calibration_num",), ("default_loader",), ("default_loader", "dataset_path"), ("default_loader", "file_extensions"), ("default_loader", "preprocessings"), ("ppu",), ("qmaster",), ("enhanced_scheme",), ("quantization_device",)]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3),
+    max_leaves=8,
+)
+PATHS = [
+    ("inputs",),
+    ("calibration_method",),
+    ("calibration_num",),
+    ("default_loader",),
+    ("default_loader", "dataset_path"),
+    ("default_loader", "file_extensions"),
+    ("default_loader", "preprocessings"),
+    ("ppu",),
+    ("qmaster",),
+    ("enhanced_scheme",),
+    ("quantization_device",),
+]
 
 
 @given(st.sampled_from(PATHS), json_values)

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
-from calib_nb.npu.contract import fix_batch, open_session, read_contract, single_input
+from calib_nb.graph.contract import fix_batch, open_session, read_contract, single_input
 
 FLOAT = TensorProto.FLOAT
 
@@ -23,8 +23,18 @@ def save(path, nodes, inputs, outputs, weights=(), **options):
 
 def conv(path, shape=("n", 3, 16, 16), extra_inputs=(), **options):
     weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
-    nodes = [helper.make_node("Conv", ["image", "w"], ["y"], pads=[1, 1, 1, 1]), helper.make_node("Relu", ["y"], ["out"])]
-    return save(path, nodes, [("image", FLOAT, shape), *extra_inputs], [("out", FLOAT, [shape[0], 4, *shape[2:]])], [("w", weight)], **options)
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["y"], ["out"]),
+    ]
+    return save(
+        path,
+        nodes,
+        [("image", FLOAT, shape), *extra_inputs],
+        [("out", FLOAT, [shape[0], 4, *shape[2:]])],
+        [("w", weight)],
+        **options,
+    )
 
 
 def test_every_truncation_is_refused_or_still_a_model(tmp_path):
@@ -52,7 +62,14 @@ def test_flipped_bytes_never_give_a_traceback(tmp_path):
 
 
 def test_foreign_files(tmp_path):
-    for name, content, message in (("a.pt", b"PK\x03\x04abc", "PyTorch"), ("b.tflite", b"\x1c\0\0\0TFL3", "TFLite"), ("c.jpg", b"\xff\xd8\xff\xe0", "JPEG"), ("d.json", b"{}", "JSON"), ("e", bytes(100), "not ONNX"), ("f", b"", "empty")):
+    for name, content, message in (
+        ("a.pt", b"PK\x03\x04abc", "PyTorch"),
+        ("b.tflite", b"\x1c\0\0\0TFL3", "TFLite"),
+        ("c.jpg", b"\xff\xd8\xff\xe0", "JPEG"),
+        ("d.json", b"{}", "JSON"),
+        ("e", bytes(100), "not ONNX"),
+        ("f", b"", "empty"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=message):
             read_contract(tmp_path / name)
@@ -113,9 +130,22 @@ def test_quantized_models_are_recognised(tmp_path):
     assert all(read_contract(tmp_path / f"{n}.onnx").quantized for n in ("qdq", "op", "dynamic"))
 
 
-@pytest.mark.parametrize("shape, message", [(("n", 3, 16, 16), "expected batch 1; run: calib-nb fix-batch --model"), ((4, 3, 16, 16), "batch 1"), ((1, 3, "h", "w"), "--input-size WIDTH HEIGHT"), ((1, 3, 16), "1, C, H, W")])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (("n", 3, 16, 16), "expected batch 1; run: calib-nb fix-batch --model"),
+        ((4, 3, 16, 16), "batch 1"),
+        ((1, 3, "h", "w"), "--input-size WIDTH HEIGHT"),
+        ((1, 3, 16), "1, C, H, W"),
+    ],
+)
 def test_open_shapes_are_refused_with_the_line_that_fixes_them(tmp_path, shape, message):
-    path = save(tmp_path / "my model.onnx", [helper.make_node("Relu", ["image"], ["out"])], [("image", FLOAT, shape)], [("out", FLOAT, shape)])
+    path = save(
+        tmp_path / "my model.onnx",
+        [helper.make_node("Relu", ["image"], ["out"])],
+        [("image", FLOAT, shape)],
+        [("out", FLOAT, shape)],
+    )
     with pytest.raises(ModelError, match=message) as caught:
         single_input(read_contract(path))
     if "run:" in str(caught.value):
@@ -126,20 +156,38 @@ def test_open_shapes_are_refused_with_the_line_that_fixes_them(tmp_path, shape, 
 def test_fix_batch_gives_the_same_answer(tmp_path, batch):
     path = conv(tmp_path / "m.onnx", (batch or None, 3, 16, 16))
     done = fix_batch(path, tmp_path / "b1.onnx")
-    assert single_input(read_contract(done)).shape == (1, 3, 16, 16) and read_contract(done).outputs[0].shape == (1, 4, 16, 16)
+    assert single_input(read_contract(done)).shape == (1, 3, 16, 16) and read_contract(done).outputs[0].shape == (
+        1,
+        4,
+        16,
+        16,
+    )
     onnx.checker.check_model(onnx.load(done), full_check=True)
     image = np.random.default_rng(1).normal(size=(1, 3, 16, 16)).astype(np.float32)
     feed = {"image": image.repeat(8, 0) if batch == 8 else image}
-    assert np.allclose(open_session(path).run(None, feed)[0][:1], open_session(done).run(None, {"image": image})[0], atol=1e-6)
+    assert np.allclose(
+        open_session(path).run(None, feed)[0][:1], open_session(done).run(None, {"image": image})[0], atol=1e-6
+    )
 
 
 def test_fix_batch_refuses_a_graph_that_computes_with_its_batch(tmp_path):
     shape = numpy_helper.from_array(np.array([8, -1]), "s")
-    graph = helper.make_graph([helper.make_node("Reshape", ["image", "s"], ["out"])], "g", [helper.make_tensor_value_info("image", FLOAT, [8, 3, 4, 4])], [helper.make_tensor_value_info("out", FLOAT, [8, 48])], [shape])
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["image", "s"], ["out"])],
+        "g",
+        [helper.make_tensor_value_info("image", FLOAT, [8, 3, 4, 4])],
+        [helper.make_tensor_value_info("out", FLOAT, [8, 48])],
+        [shape],
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="export it|export the model"):
         fix_batch(tmp_path / "m.onnx", tmp_path / "b1.onnx")
-    mean = save(tmp_path / "mean.onnx", [helper.make_node("ReduceSum", ["image"], ["out"], keepdims=0)], [("image", FLOAT, [2, 3, 4, 4])], [("out", FLOAT, [])])
+    mean = save(
+        tmp_path / "mean.onnx",
+        [helper.make_node("ReduceSum", ["image"], ["out"], keepdims=0)],
+        [("image", FLOAT, [2, 3, 4, 4])],
+        [("out", FLOAT, [])],
+    )
     with pytest.raises(ModelError, match="changes when the shape is fixed"):
         fix_batch(mean, tmp_path / "b1.onnx")
     assert not (tmp_path / "b1.onnx").exists()
@@ -149,8 +197,15 @@ def test_fix_batch_refuses_a_graph_that_computes_with_its_batch(tmp_path):
 
 def test_sessions_have_the_threads_that_were_asked_for(tmp_path):
     session = open_session(conv(tmp_path / "m.onnx"), threads=1)
-    assert session.get_session_options().intra_op_num_threads == 1 and session.get_providers() == ["CPUExecutionProvider"]
-    unknown = save(tmp_path / "u.onnx", [helper.make_node("NoSuchOperator", ["image"], ["out"])], [("image", FLOAT, [1])], [("out", FLOAT, [1])])
+    assert session.get_session_options().intra_op_num_threads == 1 and session.get_providers() == [
+        "CPUExecutionProvider"
+    ]
+    unknown = save(
+        tmp_path / "u.onnx",
+        [helper.make_node("NoSuchOperator", ["image"], ["out"])],
+        [("image", FLOAT, [1])],
+        [("out", FLOAT, [1])],
+    )
     with pytest.raises(ModelError, match="ONNX Runtime cannot open"):
         open_session(unknown)
     assert onnxruntime.__version__
@@ -159,7 +214,11 @@ def test_sessions_have_the_threads_that_were_asked_for(tmp_path):
 def test_real_models(real_data, tmp_path):
     models = real_data / "models"
     yunet = read_contract(models / "face_detection_yunet_2023mar.onnx")
-    assert str(single_input(yunet)) == "input float32 [1, 3, 640, 640]" and len(yunet.outputs) == 12 and yunet.parameters == 53121
+    assert (
+        str(single_input(yunet)) == "input float32 [1, 3, 640, 640]"
+        and len(yunet.outputs) == 12
+        and yunet.parameters == 53121
+    )
     face = models / "edgeface_xxs_q_dequant.onnx"
     with pytest.raises(ModelError, match="fix-batch"):
         single_input(read_contract(face))

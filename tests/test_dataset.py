@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import read_json, sha256_folder
 from calib_nb.data import dataset
-from calib_nb.data.dataset import JOURNAL, check_output, is_calibration_set, place, plot_distribution, prepare, set_names, write_set
+from calib_nb.data.dataset import (
+    JOURNAL,
+    check_output,
+    is_calibration_set,
+    place,
+    plot_distribution,
+    prepare,
+    set_names,
+    write_set,
+)
 from calib_nb.data.demo_photos import graded_photos, odd_files, paint_scene
 from calib_nb.data.images import find_images
 from calib_nb.data.sample import select
@@ -39,19 +48,37 @@ def run(*arguments, **options):
 # --- names
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40).map(lambda s: s.strip("/") + "x.jpg"), min_size=1, max_size=30, unique=True))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40).map(
+            lambda s: s.strip("/") + "x.jpg"
+        ),
+        min_size=1,
+        max_size=30,
+        unique=True,
+    )
+)
 def test_names_are_safe_and_never_collide(paths):
     names = set_names(paths)
     assert list(names) == paths
     assert len({name.casefold() for name in names.values()}) == len(paths)
     for name in names.values():
-        assert "/" not in name and name.endswith(".jpg") and name[0] not in ".-" and len(name.encode()) <= 255 and name.isprintable() and " " not in name
+        assert (
+            "/" not in name
+            and name.endswith(".jpg")
+            and name[0] not in ".-"
+            and len(name.encode()) <= 255
+            and name.isprintable()
+            and " " not in name
+        )
     assert set_names(paths[::-1]) == names
 
 
 def test_names_are_readable():
     assert set_names(["a/0001.JPG", "b/0001.JPG"]) == {"a/0001.JPG": "a_0001.jpg", "b/0001.JPG": "b_0001.jpg"}
-    assert set_names(["synced/scene_001/frame_0001.png"]) == {"synced/scene_001/frame_0001.png": "synced_scene_001_frame_0001.png"}
+    assert set_names(["synced/scene_001/frame_0001.png"]) == {
+        "synced/scene_001/frame_0001.png": "synced_scene_001_frame_0001.png"
+    }
     same = set_names(["a_b/c.jpg", "a/b_c.jpg", "A/B_C.jpg", "d.jpg"])
     assert same["d.jpg"] == "d.jpg" and all("-" in same[p] for p in list(same)[:3])
 
@@ -78,11 +105,16 @@ def test_a_set_holds_what_it_says(photos, tmp_path):
     assert sorted(p.name for p in made.path.iterdir()) == sorted([*names, *dataset.SET_FILES])
     assert (made.path / "image_list.txt").read_text().splitlines() == [str(made.path / n) for n in names]
     assert [row["name"] for row in read_json(made.path / "calibration_metadata.json")] == names
-    assert all(Path(row["original_path"]).read_bytes() == Path(row["copied_path"]).read_bytes() for row in read_json(made.path / "calibration_metadata.json"))
+    assert all(
+        Path(row["original_path"]).read_bytes() == Path(row["copied_path"]).read_bytes()
+        for row in read_json(made.path / "calibration_metadata.json")
+    )
     assert analysis["counts"] == {"found": 71, "unusable": 4, "chosen": 12} and len(analysis["left_out"]) == 4
     quality = made.pool["quality"].dropna()
     assert analysis["statistics"]["pool"]["quality"]["median"] == pytest.approx(np.median(quality), abs=1e-4)
-    assert analysis["statistics"]["selection"]["quality"]["std"] == pytest.approx(np.std(made.images["quality"], ddof=1), abs=1e-4)
+    assert analysis["statistics"]["selection"]["quality"]["std"] == pytest.approx(
+        np.std(made.images["quality"], ddof=1), abs=1e-4
+    )
     assert [i["quality"] for i in analysis["images"]] == pytest.approx(list(made.images["quality"]), abs=1e-4)
     assert analysis["parameters"]["seed"] == 42 and analysis["parameters"]["quality_threshold"] == 40
     card = (made.path / "README.md").read_text()
@@ -125,7 +157,13 @@ def test_a_link_that_the_system_refuses_names_the_way_out(photos, tmp_path, monk
 
 def test_copies_where_the_system_call_is_missing_or_stops_early(photos, tmp_path, monkeypatch):
     source = photos / "scene_00/blur_0.jpg"
-    for number, call in enumerate([lambda *_: 0, lambda f, t, n: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")), lambda f, t, n: os.sendfile(t, f, None, min(n, 999))]):
+    for number, call in enumerate(
+        [
+            lambda *_: 0,
+            lambda f, t, n: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")),
+            lambda f, t, n: os.sendfile(t, f, None, min(n, 999)),
+        ]
+    ):
         monkeypatch.setattr(os, "copy_file_range", call)
         place(source, tmp_path / f"{number}.jpg")
         assert (tmp_path / f"{number}.jpg").read_bytes() == source.read_bytes()
@@ -139,7 +177,11 @@ def test_every_strategy_and_few_candidates(photos, tmp_path):
         made = run(photos, tmp_path / "set", strategy=strategy, dedupe=strategy == "random")
         assert 0 < len(made.images) <= 12
     made = run(photos, tmp_path / "all", num_samples=500)
-    assert len(made.images) < 71 and "images chosen, not 500" in made.warnings[0] and made.warnings[0] in (made.path / "README.md").read_text()
+    assert (
+        len(made.images) < 71
+        and "images chosen, not 500" in made.warnings[0]
+        and made.warnings[0] in (made.path / "README.md").read_text()
+    )
     with pytest.raises(InputError, match="images chosen, not 500"):
         run(photos, tmp_path / "strict", num_samples=500, strict=True)
     assert not (tmp_path / "strict").exists()
@@ -164,7 +206,13 @@ def test_validation_images_are_never_chosen(photos, tmp_path):
 
 def test_write_set_from_a_table(photos, tmp_path):
     pool = run(photos, tmp_path / "first").pool
-    made = write_set(select(pool, "quotas", 9), pool, photos, tmp_path / "second", parameters={"strategy": "quotas", "why": "by hand"})
+    made = write_set(
+        select(pool, "quotas", 9),
+        pool,
+        photos,
+        tmp_path / "second",
+        parameters={"strategy": "quotas", "why": "by hand"},
+    )
     assert len(find_images(made.path)) == 9
     assert read_json(made.path / "calibration_analysis.json")["parameters"]["why"] == "by hand"
     vanished = select(pool, "random", 5)
@@ -197,7 +245,14 @@ def test_only_sets_of_ours_are_replaced(photos, tmp_path):
     assert not (made.path / "notes.txt").exists()
     (tmp_path / "empty").mkdir()
     assert run(photos, tmp_path / "empty").path.is_dir()
-    for content in ("", "[]", '{"format": 1}', '{"format": "calib_nb calibration set, version 1"}', '{"images": 3}', '{"images": [{"name": []}]}'):
+    for content in (
+        "",
+        "[]",
+        '{"format": 1}',
+        '{"format": "calib_nb calibration set, version 1"}',
+        '{"images": 3}',
+        '{"images": [{"name": []}]}',
+    ):
         (tmp_path / "fake").mkdir(exist_ok=True)
         (tmp_path / "fake" / "calibration_analysis.json").write_text(content)
         assert not is_calibration_set(tmp_path / "fake")
@@ -210,8 +265,17 @@ def test_dangerous_places_are_refused_always(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home" / "work")
     (tmp_path / "link").symlink_to(tmp_path / "home")
-    for output, message in [("/", "is or holds"), (tmp_path / "home", "home folder"), (tmp_path / "link", "home folder"), (tmp_path / "home" / "work", "working folder"), (".", "working folder"),
-                            (photos, "source folder"), (photos.parent, "source folder"), (photos / "chosen", "inside the source"), (photos / "scene_00/blur_0.jpg", "inside the source")]:
+    for output, message in [
+        ("/", "is or holds"),
+        (tmp_path / "home", "home folder"),
+        (tmp_path / "link", "home folder"),
+        (tmp_path / "home" / "work", "working folder"),
+        (".", "working folder"),
+        (photos, "source folder"),
+        (photos.parent, "source folder"),
+        (photos / "chosen", "inside the source"),
+        (photos / "scene_00/blur_0.jpg", "inside the source"),
+    ]:
         with pytest.raises(InputError, match=message):
             run(photos, output, overwrite=True)
     (tmp_path / "v").mkdir()
@@ -223,7 +287,12 @@ def test_dangerous_places_are_refused_always(photos, tmp_path, monkeypatch):
 
 def test_a_wrong_request_writes_nothing(photos, tmp_path):
     (tmp_path / "none").mkdir()
-    for arguments, message in [({"strategy": "qualitymix"}, "unknown strategy"), ({"link": "reflink"}, "unknown link"), ({"column": "quality"}, "no option 'column'"), ({"num_samples": -1}, "whole number")]:
+    for arguments, message in [
+        ({"strategy": "qualitymix"}, "unknown strategy"),
+        ({"link": "reflink"}, "unknown link"),
+        ({"column": "quality"}, "no option 'column'"),
+        ({"num_samples": -1}, "whole number"),
+    ]:
         with pytest.raises(InputError, match=message):
             run(photos, tmp_path / "out", **arguments)
     with pytest.raises(InputError, match="no image under"):
@@ -251,7 +320,9 @@ def many(tmp_path_factory):
 
 def killed_when(ready, source, output, seed) -> bool:
     """Start a run and kill it -9 as soon as `ready` says so; False when it ended before."""
-    process = subprocess.Popen([sys.executable, "-c", PREPARE, str(source), str(output), str(seed)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARE, str(source), str(output), str(seed)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     try:
         while process.poll() is None:
             if ready():
@@ -270,19 +341,28 @@ def test_kill_9_leaves_the_old_set_or_none_and_the_next_run_goes_on(many, tmp_pa
     def scored():
         return journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
 
-    moments = [lambda: scored() >= 40, lambda: scored() >= 110, lambda: any(partial.glob("*.jpg")), (partial / "calibration_analysis.json").exists]
+    moments = [
+        lambda: scored() >= 40,
+        lambda: scored() >= 110,
+        lambda: any(partial.glob("*.jpg")),
+        (partial / "calibration_analysis.json").exists,
+    ]
     assert any([killed_when(ready, many, output, 42) for ready in moments])
     if not output.exists():  # a slow poll may miss the last moment
         known, calls = scored(), []
         assert known > 80
         score = dataset.score_folder.__globals__["score_image"]
-        monkeypatch.setitem(dataset.score_folder.__globals__, "score_image", lambda *a, **k: calls.append(1) or score(*a, **k))
+        monkeypatch.setitem(
+            dataset.score_folder.__globals__, "score_image", lambda *a, **k: calls.append(1) or score(*a, **k)
+        )
         run(many, output, num_samples=20)
         assert len(calls) == 160 - known
     first = sha256_folder(output)
     for ready in [partial.exists, *moments[1::2], (partial / "README.md").exists]:
         killed_when(ready, many, output, 7)
-        assert output.exists() and (sha256_folder(output) == first or read_json(output / "calibration_analysis.json")["parameters"]["seed"] == 7)
+        assert output.exists() and (
+            sha256_folder(output) == first or read_json(output / "calibration_analysis.json")["parameters"]["seed"] == 7
+        )
         assert is_calibration_set(output)
     made = run(many, output, num_samples=20, seed=7)
     assert len(find_images(made.path)) == 20 and not list(tmp_path.glob(".*"))
@@ -310,7 +390,10 @@ except InputError as e:
 
 
 def test_two_runs_at_once_do_not_mix(photos, tmp_path):
-    with dataset.building((tmp_path / "set").resolve(), "copy"), pytest.raises(InputError, match="another run is writing"):
+    with (
+        dataset.building((tmp_path / "set").resolve(), "copy"),
+        pytest.raises(InputError, match="another run is writing"),
+    ):
         run(photos, tmp_path / "set")
     run(photos, tmp_path / "set", overwrite=True)
 

@@ -11,11 +11,19 @@ import onnx
 import pytest
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.demo_faces import LANDMARKS, draw_face, draw_scene, draw_styles, drawn_faces, drawn_pairs, drawn_scenes
 from calib_nb.data.images import decode
 from calib_nb.faces.boxes import match_boxes, read_boxes
-from calib_nb.faces.demo_models import YUNET_OUTPUTS, DetectorTraining, EmbedderTraining, demo_detector, demo_embedder, demo_lfw
-from calib_nb.faces.detect import YuNetDetector, box_iou
+from calib_nb.faces.demo import DetectorTraining, EmbedderTraining, demo_detector, demo_embedder, demo_lfw
+from calib_nb.faces.demo_drawings import (
+    LANDMARKS,
+    draw_face,
+    draw_scene,
+    draw_styles,
+    drawn_faces,
+    drawn_pairs,
+    drawn_scenes,
+)
+from calib_nb.faces.detect import YUNET_OUTPUTS, YuNetDetector, box_iou
 from calib_nb.faces.verification import read_pairs
 
 
@@ -33,7 +41,14 @@ def test_the_folder_is_lfw_and_its_pairs_are_all_there(tmp_path):
 def test_same_seed_same_bytes_other_seed_other_people(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         drawn_faces(tmp_path / name, identities=3, per_identity=2, size=64, seed=seed)
-    files = {name: {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in "abc"}
+    files = {
+        name: {
+            p.relative_to(tmp_path / name).as_posix(): p.read_bytes()
+            for p in (tmp_path / name).rglob("*")
+            if p.is_file()
+        }
+        for name in "abc"
+    }
     assert files["a"] == files["b"] and files["a"] != files["c"]
 
 
@@ -46,7 +61,9 @@ def test_landmarks_and_box_lie_where_the_face_was_drawn(radius):
         assert (points > box[:2]).all() and (points < box[2:]).all()
         assert points[0, 0] < points[1, 0] and points[3, 0] < points[4, 0] and points[2, 1] > points[:2, 1].max()
         y, x = np.nonzero((canvas != before).any(axis=2))
-        assert x.min() <= box[0] + 2 and x.max() >= box[2] - 2 and abs(y.max() - box[3]) <= max(3, radius)  # long hair may hang lower
+        assert (
+            x.min() <= box[0] + 2 and x.max() >= box[2] - 2 and abs(y.max() - box[3]) <= max(3, radius)
+        )  # long hair may hang lower
 
 
 def test_nobody_hides_anybody_in_a_scene():
@@ -76,7 +93,7 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path):
 
 
 def test_a_killed_drawing_leaves_no_folder(tmp_path):
-    code = f"from calib_nb.data.demo_faces import drawn_faces; drawn_faces({str(tmp_path / 'x')!r}, identities=4000, size=250)"
+    code = f"from calib_nb.faces.demo_drawings import drawn_faces; drawn_faces({str(tmp_path / 'x')!r}, identities=4000, size=250)"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".x.partial/images/*/*.jpg")) and time.monotonic() < deadline:
@@ -98,7 +115,10 @@ def test_models_keep_the_contract_and_are_made_once(tmp_path):
     shape = onnx.load(embedder).graph.input[0].type.tensor_type.shape.dim
     assert shape[0].dim_param == "batch" and [d.dim_value for d in shape[1:]] == [3, 64, 64]
     stamp = detector.stat().st_mtime_ns
-    assert demo_detector(tmp_path, DetectorTraining(photos=4, steps=2)) == detector and detector.stat().st_mtime_ns == stamp
+    assert (
+        demo_detector(tmp_path, DetectorTraining(photos=4, steps=2)) == detector
+        and detector.stat().st_mtime_ns == stamp
+    )
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".onnx", ".onnx"]
     assert demo_lfw(tmp_path, identities=4, per_identity=2) == demo_lfw(tmp_path, identities=4, per_identity=2)
 

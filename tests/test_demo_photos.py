@@ -36,7 +36,9 @@ def test_every_fault_grows_from_grade_to_grade(photos, fault):
     scenes = truth.loc[truth["fault"] == fault, "scene"].unique()
     assert len(scenes) == 2
     for scene in scenes:
-        left = [measured(decode(folder / p), fault) for p in truth.loc[truth["scene"] == scene].sort_values("grade")["path"]]
+        left = [
+            measured(decode(folder / p), fault) for p in truth.loc[truth["scene"] == scene].sort_values("grade")["path"]
+        ]
         assert len(left) == 5 and (np.diff(left) < 0).all(), (scene, left)
 
 

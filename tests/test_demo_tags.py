@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.demo_tags import CATEGORIES, draw_photo, load_tagged, shape_mask, tagged_photos, tagged_splits
+from calib_nb.tags.demo_drawings import CATEGORIES, draw_photo, load_tagged, shape_mask, tagged_photos, tagged_splits
 
 
 def content(folder):
@@ -61,7 +61,10 @@ def test_graded_photos_are_worse_and_only_some(tmp_path):
     faults = [image["fault"] for image in json.loads(path.read_text())["images"]]
     photos = [cv2.imread(p, cv2.IMREAD_GRAYSCALE) for p in load_tagged(path).path]
     assert {"", "blurred", "dark", "flat"} == set(faults) and 20 <= sum(f != "" for f in faults) <= 55
-    luma, contrast = ({f: np.median([measure(p) for p, g in zip(photos, faults, strict=True) if g == f]) for f in set(faults)} for measure in (np.mean, np.std))
+    luma, contrast = (
+        {f: np.median([measure(p) for p, g in zip(photos, faults, strict=True) if g == f]) for f in set(faults)}
+        for measure in (np.mean, np.std)
+    )
     assert luma["dark"] < 0.4 * luma[""] and contrast["flat"] < 0.5 * contrast[""]
     plain = json.loads(tagged_photos(tmp_path / "plain", 20, graded=False).read_text())
     assert {image["fault"] for image in plain["images"]} == {""}
@@ -91,7 +94,9 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("text", ["[]", '{"images": []}', '{"images": [{}], "annotations": [], "categories": []}', "null"])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"images": []}', '{"images": [{}], "annotations": [], "categories": []}', "null"]
+)
 def test_other_json_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match="COCO"):

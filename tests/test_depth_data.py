@@ -19,15 +19,33 @@ from hypothesis import strategies as st
 from calib_nb.core.errors import ImageError, InputError
 from calib_nb.core.run import read_json
 from calib_nb.data.dataset import LINKS
-from calib_nb.data.demo_depth import FAULTS, POOL, REGIMES, demo_ncdb
 from calib_nb.data.images import encode_png
 from calib_nb.depth.analyze import analyze, match
 from calib_nb.depth.copy import copy_set
+from calib_nb.depth.demo_drawings import FAULTS, POOL, REGIMES, demo_ncdb
 from calib_nb.depth.metadata import COLUMNS, count_values, depth_statistics, load_metadata, metadata, save_metadata
-from calib_nb.depth.ncdb import VARIANTS, check_entry, decode_depth, depth_variants, guess_scale, locate_file, read_depth, read_split
+from calib_nb.depth.ncdb import (
+    VARIANTS,
+    check_entry,
+    decode_depth,
+    depth_variants,
+    guess_scale,
+    locate_file,
+    read_depth,
+    read_split,
+)
 from calib_nb.depth.split import RANGES, RATIOS, STRATEGIES, split, write_split
 
-STATISTICS = {"mean_depth": np.mean, "median_depth": np.median, "min_depth": np.min, "max_depth": np.max, "std_depth": np.std, "p50": lambda v: np.percentile(v, 50), "p90": lambda v: np.percentile(v, 90), "p95": lambda v: np.percentile(v, 95)}
+STATISTICS = {
+    "mean_depth": np.mean,
+    "median_depth": np.median,
+    "min_depth": np.min,
+    "max_depth": np.max,
+    "std_depth": np.std,
+    "p50": lambda v: np.percentile(v, 50),
+    "p90": lambda v: np.percentile(v, 90),
+    "p95": lambda v: np.percentile(v, 95),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +64,15 @@ def write_frame(root: Path, scene: str, name: str, depth: np.ndarray, variant: s
 
 def table_of(depths, scenes=("indoor", "outdoor_near", "outdoor_far")) -> pd.DataFrame:
     names = [f"frame_{i:04d}" for i in range(len(depths))]
-    return pd.DataFrame({"dataset_root": "s", "filename": names, "image_path": [f"s/image_a6/{n}.png" for n in names], "mean_depth": np.asarray(depths, float), "scene_type": [scenes[i % len(scenes)] for i in range(len(depths))]})
+    return pd.DataFrame(
+        {
+            "dataset_root": "s",
+            "filename": names,
+            "image_path": [f"s/image_a6/{n}.png" for n in names],
+            "mean_depth": np.asarray(depths, float),
+            "scene_type": [scenes[i % len(scenes)] for i in range(len(depths))],
+        }
+    )
 
 
 # --- the drawn set
@@ -55,12 +81,16 @@ def table_of(depths, scenes=("indoor", "outdoor_near", "outdoor_far")) -> pd.Dat
 def test_the_drawn_set_is_a_pool_like_the_guides(drawn):
     root, truth, found = drawn
     sound = truth[truth["fault"] == ""]
-    assert len(sound) == 100 and all(REGIMES[r.regime][0] < r.mean_depth < REGIMES[r.regime][1] for r in sound.itertuples())
+    assert len(sound) == 100 and all(
+        REGIMES[r.regime][0] < r.mean_depth < REGIMES[r.regime][1] for r in sound.itertuples()
+    )
     counts = sound["regime"].value_counts()
     assert counts["mid"] >= counts["near"] > counts["far"] >= counts["very_far"] > 0
     assert set(sound.groupby("split")["regime"].nunique()) == {4} and set(truth["variant"]) == set(VARIANTS)
     dense = found.table.merge(sound[sound["variant"] == "newest_synthetic_depth_maps"], on=["dataset_root", "filename"])
-    assert len(dense) > 5 and np.allclose(dense["mean_depth_x"], dense["mean_depth_y"], rtol=1e-3)  # rounding to 1/256 m
+    assert len(dense) > 5 and np.allclose(
+        dense["mean_depth_x"], dense["mean_depth_y"], rtol=1e-3
+    )  # rounding to 1/256 m
 
 
 def test_depth_can_be_learnt_from_the_pictures(drawn):
@@ -72,18 +102,27 @@ def test_depth_can_be_learnt_from_the_pictures(drawn):
         features, depths = [], []
         for row in rows.itertuples():
             picture = cv2.imread(str(root / row.dataset_root / "image_a6" / f"{row.filename}.png")).astype(np.float32)
-            depth = cv2.imread(str(root / row.dataset_root / row.variant / f"{row.filename}.png"), cv2.IMREAD_UNCHANGED) / 256
+            depth = (
+                cv2.imread(str(root / row.dataset_root / row.variant / f"{row.filename}.png"), cv2.IMREAD_UNCHANGED)
+                / 256
+            )
             edges = np.abs(cv2.Laplacian(picture.mean(-1), -1))
             cells = [cv2.resize(x, (12, 8), interpolation=cv2.INTER_AREA) for x in (picture, edges, picture**2)]
             place = np.broadcast_to(np.arange(8.0)[:, None], (8, 12))
-            features.append(np.dstack([cells[0], cells[1], np.sqrt(np.maximum(cells[2] - cells[0] ** 2, 0)).mean(-1), 12 * place]).reshape(96, -1))
+            features.append(
+                np.dstack(
+                    [cells[0], cells[1], np.sqrt(np.maximum(cells[2] - cells[0] ** 2, 0)).mean(-1), 12 * place]
+                ).reshape(96, -1)
+            )
             depths.append(depth[4::8, 4::8].ravel())
         features, depths = np.concatenate(features), np.concatenate(depths)
         return features[depths > 0], depths[depths > 0]
 
     (known, known_depth), (asked, wanted) = (patches(sound[sound["split"] == split]) for split in ("train", "val"))
     scale = known.std(0)
-    distance = ((asked / scale) ** 2).sum(1)[:, None] + ((known / scale) ** 2).sum(1) - 2 * (asked / scale) @ (known / scale).T
+    distance = (
+        ((asked / scale) ** 2).sum(1)[:, None] + ((known / scale) ** 2).sum(1) - 2 * (asked / scale) @ (known / scale).T
+    )
     told = np.exp(np.median(np.log(known_depth)[np.argpartition(distance, 9, axis=1)[:, :9]], axis=1))
     error, constant = (np.mean(np.abs(d - wanted) / wanted) for d in (told, np.median(known_depth)))
     assert error < 0.6 * constant, (error, constant)
@@ -93,10 +132,18 @@ def test_depth_can_be_learnt_from_the_pictures(drawn):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 255, 256, 5000, 65535]), st.floats(0, 1))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([3, 255, 256, 5000, 65535]),
+    st.floats(0, 1),
+)
 def test_statistics_are_numpys(seed, height, width, largest, holes):
     rng = np.random.default_rng(seed)
-    raw = (rng.integers(1, largest + 1, (height, width)) * (rng.random((height, width)) >= holes * 0.9)).astype(np.uint16)
+    raw = (rng.integers(1, largest + 1, (height, width)) * (rng.random((height, width)) >= holes * 0.9)).astype(
+        np.uint16
+    )
     raw[0, 0] = largest
     valid = raw[raw > 0] / guess_scale(largest)
     found = depth_statistics(count_values(raw), guess_scale(largest))
@@ -113,7 +160,9 @@ def test_huge_maps_are_counted_exactly():
 def test_metres_are_guessed_from_the_largest_number_or_stated(tmp_path):
     for numbers, metres in (([0, 255], [0, 255]), ([0, 256], [0, 1]), ([0, 65535], [0, 65535 / 256])):
         (tmp_path / "d.png").write_bytes(encode_png(np.array([numbers], np.uint16)))
-        assert np.allclose(read_depth(tmp_path / "d.png"), [metres]) and np.allclose(read_depth(tmp_path / "d.png", scale=1000), np.array([numbers]) / 1000)
+        assert np.allclose(read_depth(tmp_path / "d.png"), [metres]) and np.allclose(
+            read_depth(tmp_path / "d.png", scale=1000), np.array([numbers]) / 1000
+        )
     (tmp_path / "eight.png").write_bytes(encode_png(np.array([[0, 9]], np.uint8)))
     assert read_depth(tmp_path / "eight.png").tolist() == [[0, 9]]
 
@@ -124,14 +173,34 @@ def test_a_damaged_depth_map_never_gives_other_numbers(tmp_path, data):
     raw = (np.arange(48 * 64).reshape(48, 64) * 7 % 60000).astype(np.uint16)
     good = encode_png(raw)
     at = data.draw(st.integers(0, len(good) - 1))
-    bad = good[:at] if data.draw(st.booleans()) else good[:at] + bytes([good[at] ^ data.draw(st.integers(1, 255))]) + good[at + 1 :]
+    bad = (
+        good[:at]
+        if data.draw(st.booleans())
+        else good[:at] + bytes([good[at] ^ data.draw(st.integers(1, 255))]) + good[at + 1 :]
+    )
     (tmp_path / "bad.png").write_bytes(bad)
     with pytest.raises(ImageError) as refused:
         decode_depth(tmp_path / "bad.png")
     assert refused.value.reason in ("empty", "truncated", "unreadable", "unsupported", "too_large")
 
 
-@given(st.one_of(st.none(), st.integers(), st.text(), st.lists(st.text()), st.dictionaries(st.sampled_from(["dataset_root", "new_filename", "other"]), st.one_of(st.text(), st.integers(), st.none(), st.sampled_from(["..", "../..", "a/../../b", "/etc", "", " ", "a\0b", "C:/x", "\ud800"])))))
+@given(
+    st.one_of(
+        st.none(),
+        st.integers(),
+        st.text(),
+        st.lists(st.text()),
+        st.dictionaries(
+            st.sampled_from(["dataset_root", "new_filename", "other"]),
+            st.one_of(
+                st.text(),
+                st.integers(),
+                st.none(),
+                st.sampled_from(["..", "../..", "a/../../b", "/etc", "", " ", "a\0b", "C:/x", "\ud800"]),
+            ),
+        ),
+    )
+)
 def test_an_entry_that_passes_stays_below_the_root(entry):
     root, name, reason = check_entry(entry)
     if not reason:
@@ -159,17 +228,31 @@ def test_every_planted_fault_is_listed_and_nothing_else_is_lost(drawn):
     root, truth, found = drawn
     assert tuple(found.table.columns) == COLUMNS
     wanted = truth[(truth["split"] == "train") & ~truth["fault"].isin(FAULTS)]
-    assert list(zip(found.table["dataset_root"], found.table["filename"])) == list(zip(wanted["dataset_root"], wanted["filename"]))
+    assert list(zip(found.table["dataset_root"], found.table["filename"])) == list(
+        zip(wanted["dataset_root"], wanted["filename"])
+    )
     said = {"unreadable depth": "unsupported depth", "depth in colour": "unsupported depth", "no name": "empty name"}
     assert sorted(found.rejected["reason"]) == sorted([said.get(fault, fault) for fault in FAULTS] + ["duplicate"])
     assert (found.rejected["detail"] != "").all() and not found.rejected["detail"].str.contains(str(root)).any()
-    assert found.rejected.index.is_unique and len(found.table) + len(found.rejected) == len(read_json(root / "train_split.json"))
+    assert found.rejected.index.is_unique and len(found.table) + len(found.rejected) == len(
+        read_json(root / "train_split.json")
+    )
     assert found.doubtful["filename"].tolist() == truth.loc[truth["fault"] == "whole metres", "filename"].tolist()
     with pytest.raises(InputError, match="not a list"):
         metadata(root, "not_a_list.json", progress=False)
 
 
-@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("", "empty"), ("[]", "lists nothing"), ('"text"', "not a list"), ("3", "not a list"), ("null", "not a list")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not valid JSON"),
+        ("", "empty"),
+        ("[]", "lists nothing"),
+        ('"text"', "not a list"),
+        ("3", "not a list"),
+        ("null", "not a list"),
+    ],
+)
 def test_a_split_that_is_none_is_refused(tmp_path, content, message):
     (tmp_path / "train_split.json").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -187,12 +270,26 @@ def test_nothing_outside_the_root_is_opened(tmp_path):
     (root / "s/depth_maps/deep.png").symlink_to(tmp_path / "secret/s/depth_maps/f.png")
     (root / "s/image_a6/round.png").symlink_to("round.png")
     (root / "alias").symlink_to("s")
-    entries = [inside, {"dataset_root": "linked", "new_filename": "f"}, {"dataset_root": "s", "new_filename": "out"}, {"dataset_root": "s", "new_filename": "deep"}, {"dataset_root": "s", "new_filename": "round"}, {"dataset_root": "s", "new_filename": "x" * 300},
-               secret | {"dataset_root": "../secret/s"}, secret | {"dataset_root": str(tmp_path / "secret/s")}, {"dataset_root": "alias", "new_filename": "inside"}]
+    entries = [
+        inside,
+        {"dataset_root": "linked", "new_filename": "f"},
+        {"dataset_root": "s", "new_filename": "out"},
+        {"dataset_root": "s", "new_filename": "deep"},
+        {"dataset_root": "s", "new_filename": "round"},
+        {"dataset_root": "s", "new_filename": "x" * 300},
+        secret | {"dataset_root": "../secret/s"},
+        secret | {"dataset_root": str(tmp_path / "secret/s")},
+        {"dataset_root": "alias", "new_filename": "inside"},
+    ]
     (root / "train_split.json").write_text(json.dumps(entries))
     found = metadata(root, progress=False)
     assert found.table["dataset_root"].tolist() == ["s", "alias"]
-    assert found.rejected["reason"].tolist() == [*["outside the data set"] * 3, *["no image"] * 2, "outside the data set", "absolute path"]
+    assert found.rejected["reason"].tolist() == [
+        *["outside the data set"] * 3,
+        *["no image"] * 2,
+        "outside the data set",
+        "absolute path",
+    ]
     with pytest.raises(ImageError, match="points outside"):
         locate_file(root, "../secret/s/image_a6/f.png")
 
@@ -202,7 +299,9 @@ def test_the_table_survives_its_file(drawn, tmp_path):
     saved = load_metadata(save_metadata(found, tmp_path / "m.csv"))
     pd.testing.assert_frame_equal(saved, found.table)
     assert len(pd.read_csv(tmp_path / "m.rejected.csv")) == len(found.rejected)
-    (tmp_path / "words.csv").write_text((tmp_path / "m.csv").read_text().replace(str(found.table["mean_depth"][0]), "deep", 1))
+    (tmp_path / "words.csv").write_text(
+        (tmp_path / "m.csv").read_text().replace(str(found.table["mean_depth"][0]), "deep", 1)
+    )
     with pytest.raises(InputError, match="numbers"):
         load_metadata(tmp_path / "words.csv")
 
@@ -225,7 +324,15 @@ m.save_metadata(found, sys.argv[4])
 
 def test_a_killed_run_goes_on_and_ends_the_same(drawn, tmp_path):
     root, _, found = drawn
-    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "journal"), str(tmp_path / "seen"), str(tmp_path / "m.csv")]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(root),
+        str(tmp_path / "journal"),
+        str(tmp_path / "seen"),
+        str(tmp_path / "m.csv"),
+    ]
     process = subprocess.Popen(command)
     while process.poll() is None and not (tmp_path / "journal").is_file():
         time.sleep(0.02)
@@ -260,13 +367,30 @@ def test_a_changed_file_is_measured_again(tmp_path):
 def test_the_numbers_of_the_guide():
     depths = np.concatenate([np.linspace(*RANGES[name], count, endpoint=False) for name, count in POOL.items()])
     chosen = split(table_of(depths))
-    assert chosen.plan["available"].tolist() == [1823, 2456, 492, 85] and chosen.plan["taken"].tolist() == [75, 120, 75, 30] and not chosen.warnings
+    assert (
+        chosen.plan["available"].tolist() == [1823, 2456, 492, 85]
+        and chosen.plan["taken"].tolist() == [75, 120, 75, 30]
+        and not chosen.warnings
+    )
     ten = split(table_of(np.concatenate([depths[depths < 15], depths[depths >= 15][:10]])))
-    assert len(ten.rows) == 300 and ten.plan["taken"].tolist() == [75, 140, 75, 10] and ten.plan["note"].tolist() == ["", "20 in place of very_far", "", "20 too few"]
+    assert (
+        len(ten.rows) == 300
+        and ten.plan["taken"].tolist() == [75, 140, 75, 10]
+        and ten.plan["note"].tolist() == ["", "20 in place of very_far", "", "20 too few"]
+    )
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.one_of(st.floats(0, 300), st.sampled_from([0.0, 3.0, 8.0, 15.0, 100.0, float("nan"), float("inf")])), min_size=1, max_size=150), st.integers(1, 200), st.sampled_from(STRATEGIES), st.integers(0, 1000))
+@given(
+    st.lists(
+        st.one_of(st.floats(0, 300), st.sampled_from([0.0, 3.0, 8.0, 15.0, 100.0, float("nan"), float("inf")])),
+        min_size=1,
+        max_size=150,
+    ),
+    st.integers(1, 200),
+    st.sampled_from(STRATEGIES),
+    st.integers(0, 1000),
+)
 def test_any_pool_gives_an_exact_plan_without_doubles(depths, target, strategy, seed):
     table = table_of(depths)
     if strategy != "random" and table["mean_depth"].isna().all():
@@ -274,14 +398,18 @@ def test_any_pool_gives_an_exact_plan_without_doubles(depths, target, strategy, 
     chosen = split(table, strategy, target, seed=seed)
     usable = len(table) if strategy == "random" else int(table["mean_depth"].notna().sum())
     assert len(chosen.rows) == min(target, usable) == chosen.plan["taken"].sum()
-    assert not chosen.rows.duplicated(["dataset_root", "filename"]).any() and set(chosen.rows["filename"]) <= set(table["filename"])
+    assert not chosen.rows.duplicated(["dataset_root", "filename"]).any() and set(chosen.rows["filename"]) <= set(
+        table["filename"]
+    )
     assert chosen.plan["available"].sum() == len(table)  # no row of the pool is lost
     if strategy == "stratified":
         plan = chosen.plan.set_index("bin").loc[list(RATIOS)]
         assert plan["wanted"].sum() == target and (abs(plan["wanted"] - target * pd.Series(RATIOS)) < 1).all()
         assert (plan["taken"] >= plan[["wanted", "available"]].min(axis=1)).all()
         others = plan.drop("mid")
-        assert plan["taken"]["mid"] == plan["available"]["mid"] or (others["taken"] <= others["wanted"]).all()  # mid gives before the others do
+        assert (
+            plan["taken"]["mid"] == plan["available"]["mid"] or (others["taken"] <= others["wanted"]).all()
+        )  # mid gives before the others do
     assert split(table.sample(frac=1, random_state=1), strategy, target, seed=seed).rows.equals(chosen.rows)
 
 
@@ -302,11 +430,21 @@ def test_the_set_is_whole_and_made_of_the_same_bytes(drawn, tmp_path, link):
     rows = split(found.table, target_size=20).rows
     made = copy_set(root, write_split(rows, tmp_path / "s.json"), tmp_path / "set", link=link)
     images = sorted((tmp_path / "set").glob("*.png"))
-    assert len(images) == 20 and (tmp_path / "set/image_filenames.txt").read_text().split() == made.images["name"].tolist()
-    assert (tmp_path / "set/image_list.txt").read_text().split("\n")[:-1] == [str((tmp_path / "set").resolve() / name) for name in made.images["name"]]
+    assert (
+        len(images) == 20 and (tmp_path / "set/image_filenames.txt").read_text().split() == made.images["name"].tolist()
+    )
+    assert (tmp_path / "set/image_list.txt").read_text().split("\n")[:-1] == [
+        str((tmp_path / "set").resolve() / name) for name in made.images["name"]
+    ]
     for row in read_json(tmp_path / "set/calibration_metadata.json"):
-        assert Path(row["copied_path"]).read_bytes() == Path(row["original_path"]).read_bytes() and Path(row["name"]).name == f"{Path(row['original_path']).parents[1].name}_{Path(row['original_path']).name}"
-    assert all(p.is_symlink() == (link == "symlink") for p in images) and all((p.stat().st_nlink > 1) == (link == "hardlink") for p in images if link != "symlink")
+        assert (
+            Path(row["copied_path"]).read_bytes() == Path(row["original_path"]).read_bytes()
+            and Path(row["name"]).name
+            == f"{Path(row['original_path']).parents[1].name}_{Path(row['original_path']).name}"
+        )
+    assert all(p.is_symlink() == (link == "symlink") for p in images) and all(
+        (p.stat().st_nlink > 1) == (link == "hardlink") for p in images if link != "symlink"
+    )
     copy_set(root, tmp_path / "s.json", tmp_path / "set", link=link)  # an earlier set of ours is replaced
     (tmp_path / "set/thesis.txt").write_text("three years")
     with pytest.raises(InputError, match="holds something else"):
@@ -344,29 +482,74 @@ def test_the_figures_match_by_scene_and_name(drawn, tmp_path):
         picture = cv2.imread(str(tmp_path / "out" / name))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
     one = split(found.table, target_size=1).rows  # a standard deviation of one frame is none
-    assert analyze(root, found.table, write_split(one, tmp_path / "one.json"), tmp_path / "one").statistics["selection"]["depth_m"]["mean_depth"]["std"] is None
+    assert (
+        analyze(root, found.table, write_split(one, tmp_path / "one.json"), tmp_path / "one").statistics["selection"][
+            "depth_m"
+        ]["mean_depth"]["std"]
+        is None
+    )
 
 
 # --- the commands, and real pairs
 
 
 def calib_nb(*arguments, cwd=None):
-    command = [sys.executable, "-c", "import sys; from calib_nb.cli import main; sys.exit(main())", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""})
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from calib_nb.cli import main; sys.exit(main())",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""},
+    )
 
 
 def chain(root: Path, cwd: Path, size: int) -> None:
-    steps = [["metadata", "--dataset-root", root, "--output", "m.csv"], ["split", "--metadata", "m.csv", "--target-size", size, "--output", "s.json"],
-             ["copy", "--dataset-root", root, "--calibration-split", "s.json", "--output-dir", "set"], ["analyze", "--dataset-root", root, "--metadata", "m.csv", "--calibration-split", "s.json", "--output-dir", "seen"]]
+    steps = [
+        ["metadata", "--dataset-root", root, "--output", "m.csv"],
+        ["split", "--metadata", "m.csv", "--target-size", size, "--output", "s.json"],
+        ["copy", "--dataset-root", root, "--calibration-split", "s.json", "--output-dir", "set"],
+        [
+            "analyze",
+            "--dataset-root",
+            root,
+            "--metadata",
+            "m.csv",
+            "--calibration-split",
+            "s.json",
+            "--output-dir",
+            "seen",
+        ],
+    ]
     for step in steps:
         done = calib_nb("depth", *step, cwd=cwd)
         assert done.returncode == 0, done.stderr
-    assert len(list((cwd / "set").glob("*.png"))) == size and len(list((cwd / "seen").iterdir())) == 4 and not list(cwd.glob(".*.journal"))
+    assert (
+        len(list((cwd / "set").glob("*.png"))) == size
+        and len(list((cwd / "seen").iterdir())) == 4
+        and not list(cwd.glob(".*.journal"))
+    )
 
 
 def test_the_chain_from_a_shell(drawn, tmp_path):
     chain(drawn[0], tmp_path, 20)
-    for wrong in (["split", "--metadata", "m.csv", "--stratgy", "random"], ["copy", "--dataset-root", drawn[0], "--calibration-split", drawn[0] / "not_a_list.json", "--output-dir", "never"]):
+    for wrong in (
+        ["split", "--metadata", "m.csv", "--stratgy", "random"],
+        [
+            "copy",
+            "--dataset-root",
+            drawn[0],
+            "--calibration-split",
+            drawn[0] / "not_a_list.json",
+            "--output-dir",
+            "never",
+        ],
+    ):
         done = calib_nb("depth", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
 
@@ -416,15 +599,31 @@ def test_faults_among_real_pairs_are_listed_and_nothing_else_is_lost(real_data, 
         whole = file.read_bytes()
         file.unlink()  # the link, and not what it leads to
         if content is not None:
-            file.write_bytes(content(whole, cv2.imread(str(real_data / "ncdb_real" / sound.table["depth_path"][k]), cv2.IMREAD_UNCHANGED)))
+            file.write_bytes(
+                content(
+                    whole, cv2.imread(str(real_data / "ncdb_real" / sound.table["depth_path"][k]), cv2.IMREAD_UNCHANGED)
+                )
+            )
 
-    broken = {3: ("no depth", None), 20: ("size mismatch", lambda _, raw: encode_png(raw[:-1])), 50: ("truncated depth", lambda whole, _: whole[: len(whole) // 2]), 90: ("no valid pixel", lambda _, raw: encode_png(np.zeros_like(raw)))}
+    broken = {
+        3: ("no depth", None),
+        20: ("size mismatch", lambda _, raw: encode_png(raw[:-1])),
+        50: ("truncated depth", lambda whole, _: whole[: len(whole) // 2]),
+        90: ("no valid pixel", lambda _, raw: encode_png(np.zeros_like(raw))),
+    }
     for k, (_, content) in broken.items():
         replace(k, content)
-    words = [{**entries[0], "dataset_root": "../../elsewhere"}, {**entries[0], "dataset_root": "/etc"}, entries[7], {**entries[0], "new_filename": ""}]
+    words = [
+        {**entries[0], "dataset_root": "../../elsewhere"},
+        {**entries[0], "dataset_root": "/etc"},
+        entries[7],
+        {**entries[0], "new_filename": ""},
+    ]
     (root / "all.json").write_text(json.dumps(entries + words))
     found = metadata(root, "all.json", workers=2, progress=False)
-    said = {k: reason for k, (reason, _) in broken.items()} | dict(zip(range(136, 140), ("outside the data set", "absolute path", "duplicate", "empty name")))
+    said = {k: reason for k, (reason, _) in broken.items()} | dict(
+        zip(range(136, 140), ("outside the data set", "absolute path", "duplicate", "empty name"))
+    )
     assert found.rejected["reason"].to_dict() == said
     pd.testing.assert_frame_equal(found.table, sound.table.drop(list(broken)).reset_index(drop=True))
 
@@ -439,6 +638,11 @@ def test_the_chain_on_real_pairs(real_data, tmp_path):
 def test_help_teaches_and_loads_nothing_heavy():
     for command in ([], ["metadata"], ["split"], ["copy"], ["analyze"]):
         code = f"import sys\nfrom calib_nb.cli import main\ncode = main({['depth', *command, '--help']})\nprint(code, sorted(set(sys.modules) & {{'torch', 'onnx', 'cv2', 'pandas', 'matplotlib', 'scipy'}}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"},
+        )
         assert done.stdout.splitlines()[-1] == "0 []", done.stdout[-300:] + done.stderr[-1000:]
         assert "Example: calib-nb depth" in done.stdout

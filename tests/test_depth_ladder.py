@@ -10,21 +10,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib_nb.analysis.compare import Comparison
 from calib_nb.core.errors import InputError
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import Preprocess, preset
-from calib_nb.depth.demo_model import demo_depth
+from calib_nb.depth.demo import demo_depth
 from calib_nb.depth.frames import Frames, depth_noise, depth_task, read_frames
-from calib_nb.depth.ladder import Limits, Rung, calibration_rungs, climb, demand_apart, ladder_table, repair_rungs, tuned_rungs
+from calib_nb.depth.ladder import (
+    Limits,
+    Rung,
+    calibration_rungs,
+    climb,
+    demand_apart,
+    ladder_table,
+    repair_rungs,
+    tuned_rungs,
+)
 from calib_nb.depth.metrics import Scoring, depth_metrics
 from calib_nb.depth.ncdb import read_depth
-from calib_nb.quant.evaluate import Comparison
 
 SHELL = [sys.executable, "-c", "import sys; from calib_nb.cli import main; sys.exit(main())"]
 
 
 def calib_nb(*arguments, cwd=None):
-    return subprocess.run([*SHELL, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "200", "NO_COLOR": "1", "FORCE_COLOR": "", "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [*SHELL, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"TQDM_DISABLE": "1", "COLUMNS": "200", "NO_COLOR": "1", "FORCE_COLOR": "", "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +61,16 @@ def held_out(demo):
 def test_frames_are_the_files(pool):
     row = pool.table.iloc[7]
     rgb, depth_m = pool[7]
-    assert np.array_equal(rgb, decode(pool.root / row.image_path)[..., ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255))
-    assert np.array_equal(depth_m, read_depth(pool.root / row.depth_path)) and np.array_equal(depth_m, pool.depth_map(7))
-    assert pool.names[7] == f"{row.dataset_root.split('/')[-1]}/{row.filename}" and pool.images[7] == pool.root / row.image_path
+    assert np.array_equal(
+        rgb, decode(pool.root / row.image_path)[..., ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    )
+    assert np.array_equal(depth_m, read_depth(pool.root / row.depth_path)) and np.array_equal(
+        depth_m, pool.depth_map(7)
+    )
+    assert (
+        pool.names[7] == f"{row.dataset_root.split('/')[-1]}/{row.filename}"
+        and pool.images[7] == pool.root / row.image_path
+    )
     small = Frames(pool.root, pool.table, size=(64, 32))
     assert small[7][0].shape == (3, 32, 64) and set(np.unique(small[7][1])) <= set(np.unique(depth_m))
     assert len(list(pool.take([3, 1]))) == 2, "iteration ends"
@@ -57,7 +80,9 @@ def test_splits_of_the_demo_share_no_scene(pool, held_out):
     assert not set(pool.scenes) & set(held_out.scenes) and len(pool) >= 100 and len(held_out) >= 20
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"scenes": ["nowhere"]}, "nowhere"), ({"split_file": "never.json"}, "never.json")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"scenes": ["nowhere"]}, "nowhere"), ({"split_file": "never.json"}, "never.json")]
+)
 def test_bad_frames_are_refused(demo, arguments, message):
     with pytest.raises(InputError, match=message):
         read_frames(demo.root, **arguments)
@@ -93,15 +118,27 @@ def comparison(**rows):
 @settings(max_examples=40, deadline=None)
 def test_a_share_of_the_gap_is_that_share(reference, gap, share):
     reference = np.array(reference)
-    table = ladder_table(comparison(float=reference, naive=reference + gap, rung=reference + gap * (1 - share)), resamples=50)
-    assert np.allclose(table.gap_back_pct, [100, 0, 100 * share], atol=1e-6) and np.allclose(table.gap_back_low[2], 100 * share, atol=1e-6)
-    assert (table.abs_rel_low <= table.abs_rel + 1e-12).all() and (table.abs_rel <= table.abs_rel_high + 1e-12).all() or len(reference) < 6
+    table = ladder_table(
+        comparison(float=reference, naive=reference + gap, rung=reference + gap * (1 - share)), resamples=50
+    )
+    assert np.allclose(table.gap_back_pct, [100, 0, 100 * share], atol=1e-6) and np.allclose(
+        table.gap_back_low[2], 100 * share, atol=1e-6
+    )
+    assert (
+        (table.abs_rel_low <= table.abs_rel + 1e-12).all()
+        and (table.abs_rel <= table.abs_rel_high + 1e-12).all()
+        or len(reference) < 6
+    )
     assert np.isclose(table.improvement_pct[2], 100 * (1 - table.abs_rel[2] / table.abs_rel[1]))
 
 
 def test_no_gap_is_no_number_and_the_guide_gets_its_verdicts():
     assert ladder_table(comparison(float=[0.2, 0.3], naive=[0.1, 0.3])).gap_back_pct.isna().all()
-    assert ladder_table(comparison(float=[0.2, 0.2, 0.2], naive=[0.3, 0.15, 0.18], rung=[0.2, 0.3, 0.4])).gap_back_pct.isna().all(), "a gap that the frames cannot tell from none"
+    assert (
+        ladder_table(comparison(float=[0.2, 0.2, 0.2], naive=[0.3, 0.15, 0.18], rung=[0.2, 0.3, 0.4]))
+        .gap_back_pct.isna()
+        .all()
+    ), "a gap that the frames cannot tell from none"
     assert [Limits().verdict(x) for x in (0.0899, 0.09, 0.1, 0.1001)] == ["good", "borderline", "borderline", "bad"]
     for wrong in ((0, 1), (0.2, 0.1)):
         with pytest.raises(InputError):
@@ -121,10 +158,26 @@ def test_sets_that_meet_are_refused(demo, pool, held_out, tmp_path):
 def test_the_ladder_gives_back_what_unequal_channels_cost(demo, pool, held_out, tmp_path):
     """Synthetic: the harm was made of what equalization removes, so nearly all of it must come back."""
     chain = preset("depth", size=(96, 64))
-    rungs = [*calibration_rungs(demo.model, pool, counts=(30, 60)), *repair_rungs(demo.model, pool.images[:40])[:2], *tuned_rungs({"the same again": demo.model}, pool.images[:40])]
-    done = climb(demo.model, rungs, depth_task(held_out, chain), chain, tmp_path, noise=depth_noise(), latency_runs=2, progress=False)
+    rungs = [
+        *calibration_rungs(demo.model, pool, counts=(30, 60)),
+        *repair_rungs(demo.model, pool.images[:40])[:2],
+        *tuned_rungs({"the same again": demo.model}, pool.images[:40]),
+    ]
+    done = climb(
+        demo.model,
+        rungs,
+        depth_task(held_out, chain),
+        chain,
+        tmp_path,
+        noise=depth_noise(),
+        latency_runs=2,
+        progress=False,
+    )
     table = ladder_table(done.comparison).set_index("rung")
-    assert table.abs_rel["naive: 30 random"] > 1.15 * table.abs_rel["FP32"] and table.gap_back_pct["+ bias correction"] >= 90
+    assert (
+        table.abs_rel["naive: 30 random"] > 1.15 * table.abs_rel["FP32"]
+        and table.gap_back_pct["+ bias correction"] >= 90
+    )
     assert table.gap_back_pct["+ bias correction"] > table.gap_back_pct["the same again"] + 30
     assert {p.name for p in tmp_path.glob("*.onnx")} == {p.name for p in done.models.values()}
 
@@ -132,15 +185,37 @@ def test_the_ladder_gives_back_what_unequal_channels_cost(demo, pool, held_out, 
 def test_train_evaluate_compare_from_the_shell(demo, pool, tmp_path):
     args = ["--dataset-root", demo.root, "--size", 96, 64]
     begun = calib_nb("depth", "train", *args, "--output-dir", "run", "--width", 0.125, "--epochs", 1, cwd=tmp_path)
-    assert begun.returncode == 0 and (tmp_path / "run/depth.onnx").is_file() and (tmp_path / "run/checkpoint.pt").is_file() and list((tmp_path / "run/tensorboard").iterdir()), begun.stderr
+    assert (
+        begun.returncode == 0
+        and (tmp_path / "run/depth.onnx").is_file()
+        and (tmp_path / "run/checkpoint.pt").is_file()
+        and list((tmp_path / "run/tensorboard").iterdir())
+    ), begun.stderr
     again = calib_nb("depth", "train", *args, "--output-dir", "run", "--width", 0.125, "--epochs", 1, cwd=tmp_path)
     assert again.returncode == 2 and "resume" in again.stderr and len(again.stderr.strip().splitlines()) == 1
     scored = calib_nb("depth", "evaluate", "--model", demo.model, "--dataset-root", demo.root)
     assert scored.returncode == 0 and "abs_rel" in scored.stdout and "near" in scored.stdout, scored.stderr
-    same = calib_nb("depth", "compare", "--float", demo.model, "--int8", tmp_path / "run/depth.onnx", "--dataset-root", demo.root, "--budget", 0.001, "--output", tmp_path / "t.csv")
+    same = calib_nb(
+        "depth",
+        "compare",
+        "--float",
+        demo.model,
+        "--int8",
+        tmp_path / "run/depth.onnx",
+        "--dataset-root",
+        demo.root,
+        "--budget",
+        0.001,
+        "--output",
+        tmp_path / "t.csv",
+    )
     assert same.returncode == 1 and "budget" in same.stderr, same.stderr  # one epoch is far from fourteen
     table = pd.read_csv(tmp_path / "t.csv")
-    assert list(table.model) == ["float", "depth"] and table["drop"][1] > 0 and table.worst_slice[1].startswith(("depth_range: ", "scene: "))
+    assert (
+        list(table.model) == ["float", "depth"]
+        and table["drop"][1] > 0
+        and table.worst_slice[1].startswith(("depth_range: ", "scene: "))
+    )
 
 
 WRONG = {
@@ -148,8 +223,14 @@ WRONG = {
     "not a checkpoint": (["evaluate", "--model", "text.pt", "--dataset-root", "."], "text.pt"),
     "no data set": (["train", "--dataset-root", "never", "--output-dir", "x", "--size", "64", "32"], "never"),
     "an odd size": (["train", "--dataset-root", ".", "--output-dir", "x", "--size", "65", "32"], "divisible by 32"),
-    "both beginnings": (["train", "--dataset-root", ".", "--output-dir", "x", "--start-from", "a", "--imagenet", "b"], "one of them"),
-    "limits upside down": (["compare", "--float", "a", "--int8", "b", "--dataset-root", ".", "--good", "2", "--borderline", "1"], "good"),
+    "both beginnings": (
+        ["train", "--dataset-root", ".", "--output-dir", "x", "--start-from", "a", "--imagenet", "b"],
+        "one of them",
+    ),
+    "limits upside down": (
+        ["compare", "--float", "a", "--int8", "b", "--dataset-root", ".", "--good", "2", "--borderline", "1"],
+        "good",
+    ),
     "an unknown output": (["evaluate", "--model", "a", "--dataset-root", ".", "--output-is", "metres"], "disparity"),
 }
 
@@ -165,7 +246,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
 @pytest.mark.parametrize("command", ["train", "evaluate", "compare"])
 def test_help_teaches_and_loads_nothing_heavy(command):
     code = f"import sys; sys.argv[1:] = ['depth', '{command}', '--help']\nfrom calib_nb.cli import main\ncode = main()\nprint(code, sorted(set(sys.modules) & {{'torch', 'onnx', 'onnxruntime', 'cv2', 'pandas'}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"},
+    )
     assert done.stdout.splitlines()[-1] == "0 []" and "Example" in done.stdout
 
 
@@ -175,10 +261,30 @@ def test_a_real_network_on_kitti(real_data, tmp_path):
     root, model = real_data / "ncdb_real", real_data / "models/rtmonodepth_s_m_640x192.onnx"
     chain = Preprocess().convert_color("BGR2RGB").resize(640, 192).div(255).transpose([2, 0, 1]).expand_dim(0)
     scoring = Scoring(output="sigmoid", median_scaling=True, crop="garg")
-    whole, pool, held_out = (read_frames(root, f"{part}_split.json", scenes=scenes) for part, scenes in (("train", ()), ("train", ["scene_kitti"]), ("val", ["scene_kitti"])))
-    rungs = [*calibration_rungs(model, whole, counts=(100,)), calibration_rungs(model, pool, counts=(1, 300))[1], repair_rungs(model, pool.images)[2]]
-    done = climb(model, rungs, depth_task(held_out, chain, scoring), chain, tmp_path, noise=depth_noise(scoring), latency_runs=2, progress=False)
+    whole, pool, held_out = (
+        read_frames(root, f"{part}_split.json", scenes=scenes)
+        for part, scenes in (("train", ()), ("train", ["scene_kitti"]), ("val", ["scene_kitti"]))
+    )
+    rungs = [
+        *calibration_rungs(model, whole, counts=(100,)),
+        calibration_rungs(model, pool, counts=(1, 300))[1],
+        repair_rungs(model, pool.images)[2],
+    ]
+    done = climb(
+        model,
+        rungs,
+        depth_task(held_out, chain, scoring),
+        chain,
+        tmp_path,
+        noise=depth_noise(scoring),
+        latency_runs=2,
+        progress=False,
+    )
     table, shown = done.comparison.table, ladder_table(done.comparison)
     assert 0.15 < table.abs_rel[0] < 0.25 and (table["drop"][1:] < 0.05 * table.abs_rel[0]).all()
-    assert list(shown.rung) == ["FP32", "naive: 100 random", "10 stratified", "+ auto"] and (shown.abs_rel_low < shown.abs_rel).all() and (shown.abs_rel < shown.abs_rel_high).all()
+    assert (
+        list(shown.rung) == ["FP32", "naive: 100 random", "10 stratified", "+ auto"]
+        and (shown.abs_rel_low < shown.abs_rel).all()
+        and (shown.abs_rel < shown.abs_rel_high).all()
+    )
     assert (table.drop_low[1:] <= table["drop"][1:]).all() and (table.drop_high[1:] >= table["drop"][1:]).all()

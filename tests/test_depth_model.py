@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calib_nb.core.checkpoint import load_imagenet
+from calib_nb.analysis.compare import Task, compare, run_model, slices_table
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.preprocess import PRESETS, Preprocess, preset
 from calib_nb.depth.losses import (
@@ -32,11 +32,21 @@ from calib_nb.depth.losses import (
 )
 from calib_nb.depth.metrics import CROPS, METRICS, DepthTask, Scoring, depth_metrics, read_depth, scored_pixels
 from calib_nb.depth.network import DepthNet, sigmoid_to_depth
-from calib_nb.depth.train import PENALTY_WEIGHTS, Training, evaluate, learning_rate_at, load_checkpoint, load_network, normalise, read_pair, train
+from calib_nb.depth.train import (
+    PENALTY_WEIGHTS,
+    Training,
+    evaluate,
+    learning_rate_at,
+    load_checkpoint,
+    load_network,
+    normalise,
+    read_pair,
+    train,
+)
 from calib_nb.depth.unequal import streams, unequalize
-from calib_nb.npu.contract import open_session, read_contract
-from calib_nb.npu.export import export_onnx
-from calib_nb.quant.evaluate import Task, compare, run_model, slices_table
+from calib_nb.graph.contract import open_session, read_contract
+from calib_nb.graph.export import export_onnx
+from calib_nb.nets.checkpoint import load_imagenet
 from calib_nb.quant.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,14 +77,26 @@ def by_the_book(predicted, truth, scoring):
     """The same numbers pixel by pixel, in plain Python."""
     h, w = truth.shape
     top, bottom, left, right = CROPS[scoring.crop]
-    pairs = [(float(predicted[y, x]), float(truth[y, x])) for y in range(int(top * h), int(bottom * h)) for x in range(int(left * w), int(right * w)) if scoring.min_m < truth[y, x] < scoring.max_m]
+    pairs = [
+        (float(predicted[y, x]), float(truth[y, x]))
+        for y in range(int(top * h), int(bottom * h))
+        for x in range(int(left * w), int(right * w))
+        if scoring.min_m < truth[y, x] < scoring.max_m
+    ]
     if not pairs:
         return None
     scale = np.median([t for _, t in pairs]) / np.median([p for p, _ in pairs]) if scoring.median_scaling else 1.0
     pairs = [(min(max(p * scale, scoring.min_m), scoring.max_m), t) for p, t in pairs]
     n, d = len(pairs), [math.log(p) - math.log(t) for p, t in pairs]
-    book = {"abs_rel": sum(abs(p - t) / t for p, t in pairs) / n, "sq_rel": sum((p - t) ** 2 / t for p, t in pairs) / n, "rmse": math.sqrt(sum((p - t) ** 2 for p, t in pairs) / n)}
-    book |= {"rmse_log": math.sqrt(sum(x * x for x in d) / n), "silog": 100 * math.sqrt(max(0.0, sum(x * x for x in d) / n - (sum(d) / n) ** 2))}
+    book = {
+        "abs_rel": sum(abs(p - t) / t for p, t in pairs) / n,
+        "sq_rel": sum((p - t) ** 2 / t for p, t in pairs) / n,
+        "rmse": math.sqrt(sum((p - t) ** 2 for p, t in pairs) / n),
+    }
+    book |= {
+        "rmse_log": math.sqrt(sum(x * x for x in d) / n),
+        "silog": 100 * math.sqrt(max(0.0, sum(x * x for x in d) / n - (sum(d) / n) ** 2)),
+    }
     return book | {f"a{k}": sum(max(p / t, t / p) < 1.25**k for p, t in pairs) / n for k in (1, 2, 3)} | {"pixels": n}
 
 
@@ -83,7 +105,12 @@ depths = st.floats(0.0625, 120, width=32)
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(lambda s: st.tuples(hnp.arrays(np.float32, s, elements=depths), hnp.arrays(np.float32, s, elements=st.one_of(st.just(0.0), depths)))),
+    st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
+        lambda s: st.tuples(
+            hnp.arrays(np.float32, s, elements=depths),
+            hnp.arrays(np.float32, s, elements=st.one_of(st.just(0.0), depths)),
+        )
+    ),
     st.sampled_from(list(CROPS)),
     st.booleans(),
     st.sampled_from([(1e-3, 80.0), (0.5, 10.0)]),
@@ -99,7 +126,9 @@ def test_metrics_are_those_of_the_book(maps, crop, scaling, caps):
     for name in ("abs_rel", "sq_rel", "rmse", "rmse_log"):
         assert np.isclose(got[name], book[name], rtol=1e-6, atol=1e-9)
     assert np.isclose(got["silog"], book["silog"], atol=1e-4)
-    assert all(abs(got[name] - book[name]) * book["pixels"] < 1.5 for name in ("a1", "a2", "a3"))  # one pixel may lie on the edge itself
+    assert all(
+        abs(got[name] - book[name]) * book["pixels"] < 1.5 for name in ("a1", "a2", "a3")
+    )  # one pixel may lie on the edge itself
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,11 +149,24 @@ def test_metrics_match_a_second_numpy_version():
     g, q = t[m], np.clip(p[m], 1e-3, 80)
     got = depth_metrics(p, t)
     threshold = np.maximum(g / q, q / g)
-    wanted = [np.mean(np.abs(g - q) / g), np.mean((g - q) ** 2 / g), np.sqrt(np.mean((g - q) ** 2)), np.sqrt(np.mean((np.log(g) - np.log(q)) ** 2)), 100 * np.std(np.log(q) - np.log(g))]
+    wanted = [
+        np.mean(np.abs(g - q) / g),
+        np.mean((g - q) ** 2 / g),
+        np.sqrt(np.mean((g - q) ** 2)),
+        np.sqrt(np.mean((np.log(g) - np.log(q)) ** 2)),
+        100 * np.std(np.log(q) - np.log(g)),
+    ]
     assert np.allclose([got[k] for k in METRICS], wanted + [np.mean(threshold < 1.25**k) for k in (1, 2, 3)])
 
 
-@pytest.mark.parametrize("predicted, truth, message", [(np.ones((2, 3)), np.ones((3, 2)), "one shape"), (np.full((2, 2), np.inf), np.ones((2, 2)), "NaN or infinity"), (np.ones((1, 2, 2)), np.ones((1, 2, 2)), r"\[H,W\]")])
+@pytest.mark.parametrize(
+    "predicted, truth, message",
+    [
+        (np.ones((2, 3)), np.ones((3, 2)), "one shape"),
+        (np.full((2, 2), np.inf), np.ones((2, 2)), "NaN or infinity"),
+        (np.ones((1, 2, 2)), np.ones((1, 2, 2)), r"\[H,W\]"),
+    ],
+)
 def test_maps_that_cannot_be_scored_are_refused(predicted, truth, message):
     with pytest.raises(InputError, match=message):
         depth_metrics(predicted, truth)
@@ -141,7 +183,11 @@ def test_disparity_is_resized_before_it_is_inverted():
     x = np.random.default_rng(0).uniform(0.01, 1, (1, 1, 4, 6)).astype(np.float32)
     wanted = 1 / cv2.resize(x[0, 0], (12, 8), interpolation=cv2.INTER_LINEAR)
     assert np.allclose(read_depth({"disp": x}, (8, 12), Scoring(output="disparity")), wanted)
-    assert np.allclose(read_depth({"disp": x}, (4, 6), Scoring(output="sigmoid")), sigmoid_to_depth(torch.from_numpy(x), 0.1, 100.0)[0, 0], rtol=1e-5)
+    assert np.allclose(
+        read_depth({"disp": x}, (4, 6), Scoring(output="sigmoid")),
+        sigmoid_to_depth(torch.from_numpy(x), 0.1, 100.0)[0, 0],
+        rtol=1e-5,
+    )
     assert np.isfinite(read_depth({"disp": x * 0}, (4, 6), Scoring(output="disparity"))).all()
 
 
@@ -156,13 +202,20 @@ def test_the_task_fits_compare_and_names_the_worst_slice(tmp_path):
     data = Ramps(9)
     model = export_onnx(DepthNet(0.125, min_m=0.5, max_m=20), tmp_path / "m.onnx", (64, 32), outputs=("depth",))
     chain = preset("depth", size=(64, 32))
-    task = DepthTask(photos_of(data), [data[k][1] for k in range(9)], chain, scenes=[f"scene_{k % 3}" for k in range(9)])
+    task = DepthTask(
+        photos_of(data), [data[k][1] for k in range(9)], chain, scenes=[f"scene_{k % 3}" for k in range(9)]
+    )
     int8 = quantize(model, photos_of(data)[:4], chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False)
     found = compare(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
     assert isinstance(task, Task) and list(found.table.columns[1:9]) == list(METRICS) and found.primary == "abs_rel"
-    assert found.table["drop"][1] == pytest.approx(found.table.abs_rel[1] - found.table.abs_rel[0]) and found.table.drop_low[1] <= found.table["drop"][1] <= found.table.drop_high[1]
+    assert (
+        found.table["drop"][1] == pytest.approx(found.table.abs_rel[1] - found.table.abs_rel[0])
+        and found.table.drop_low[1] <= found.table["drop"][1] <= found.table.drop_high[1]
+    )
     slices = slices_table(task, task.slices(), found.units["float"], found.units["int8"], least=3)
-    top = slices_table(task, task.slices(), found.units["float"], found.units["int8"]).iloc[:1]  # slices of eight images or more
+    top = slices_table(task, task.slices(), found.units["float"], found.units["int8"]).iloc[
+        :1
+    ]  # slices of eight images or more
     assert found.table.worst_slice.tolist() == ["", *(top["slice"] + ": " + top["value"] if len(top) else [""])]
     assert set(slices.value) >= {"scene_0", "scene_1", "scene_2"} and (np.diff(slices["drop"]) <= 0).all()
     assert set(found.units["float"].depth_range) <= {"near", "mid", "far", "very_far"}
@@ -183,23 +236,39 @@ def test_paths_name_their_scene_and_depths_may_be_lazy(tmp_path, caplog):
             return np.full((32, 64), [4.0, 0.0][k], np.float32)
 
     task = DepthTask(paths, Lazy(), preset("depth", size=(64, 32)))
-    assert task.unscored == [1] and task.facts.scene.tolist() == ["a"] and task.facts.depth_range.tolist() == ["mid"] and "1 of 2 images have no depth" in caplog.text
+    assert (
+        task.unscored == [1]
+        and task.facts.scene.tolist() == ["a"]
+        and task.facts.depth_range.tolist() == ["mid"]
+        and "1 of 2 images have no depth" in caplog.text
+    )
     assert task.load(task.samples[0]).shape == (1, 3, 32, 64)
 
 
 def test_a_published_network_on_real_frames(real_data):
     """Depth up to scale, from a network trained on KITTI, on twenty frames of one busy street."""
     frames = sorted((real_data / "ncdb_real/synced_data/scene_kitti/image_a6").glob("*.png"))
-    depths = [cv2.imread(str(p.parents[1] / "newest_depth_maps" / p.name), cv2.IMREAD_UNCHANGED).astype(np.float32) / 256 for p in frames]
+    depths = [
+        cv2.imread(str(p.parents[1] / "newest_depth_maps" / p.name), cv2.IMREAD_UNCHANGED).astype(np.float32) / 256
+        for p in frames
+    ]
     chain = Preprocess().convert_color("BGR2RGB").resize(640, 192).div(255).transpose([2, 0, 1]).expand_dim(0)
     session = open_session(real_data / "models/rtmonodepth_s_m_640x192.onnx")
-    found, tasks = {}, {crop: DepthTask(frames, depths, chain, scoring=Scoring(crop=crop, median_scaling=True, output="sigmoid")) for crop in ("garg", "")}
+    found, tasks = (
+        {},
+        {
+            crop: DepthTask(frames, depths, chain, scoring=Scoring(crop=crop, median_scaling=True, output="sigmoid"))
+            for crop in ("garg", "")
+        },
+    )
     outputs = run_model(session, tasks[""], progress=False)
     for crop, task in tasks.items():
         units = task.units(outputs, outputs)
         found[crop] = task.metrics(units)
         assert len(units) == 20 and set(units.scene) == {"image_a6"}
-    assert 0.15 < found["garg"]["abs_rel"] < 0.25 and found["garg"]["abs_rel"] < found[""]["abs_rel"] < 0.4  # above the crop stands a bridge, far nearer than the network thinks
+    assert (
+        0.15 < found["garg"]["abs_rel"] < 0.25 and found["garg"]["abs_rel"] < found[""]["abs_rel"] < 0.4
+    )  # above the crop stands a bridge, far nearer than the network thinks
     blind = DepthTask(frames, depths, chain, scoring=Scoring(crop="garg", median_scaling=True))
     constant = blind.units([{"depth": np.ones((1, 1, 192, 640), np.float32)}] * 20, [])
     assert constant.abs_rel.mean() > 1.5 * found["garg"]["abs_rel"]
@@ -217,7 +286,10 @@ for stage, (inputs, outputs) in enumerate([(64, 64), (64, 128), (128, 256), (256
         RESNET18[f"{at}.conv2.weight"] = (outputs, outputs, 3, 3)
         RESNET18 |= {f"{at}.bn{k}.{n}": (outputs,) for k in (1, 2) for n in NORM}
         if block == 0 and stage > 1:
-            RESNET18 |= {f"{at}.downsample.0.weight": (outputs, inputs, 1, 1), **{f"{at}.downsample.1.{n}": (outputs,) for n in NORM}}
+            RESNET18 |= {
+                f"{at}.downsample.0.weight": (outputs, inputs, 1, 1),
+                **{f"{at}.downsample.1.{n}": (outputs,) for n in NORM},
+            }
 CLASSIFIER = {"fc.weight": (1000, 512), "fc.bias": (1000,)}
 
 
@@ -232,7 +304,10 @@ def test_the_encoder_has_torchvisions_names_and_shapes():
 def test_imagenet_weights_load(tmp_path, old):
     shapes = {k: v for k, v in (RESNET18 | CLASSIFIER).items() if not (old and k.endswith("num_batches_tracked"))}
     generator = torch.Generator().manual_seed(0)
-    published = {k: torch.tensor(7) if k.endswith("num_batches_tracked") else torch.rand(v, generator=generator) for k, v in shapes.items()}
+    published = {
+        k: torch.tensor(7) if k.endswith("num_batches_tracked") else torch.rand(v, generator=generator)
+        for k, v in shapes.items()
+    }
     torch.save(published, tmp_path / "resnet18.pth")
     network = DepthNet()
     assert load_imagenet(network.encoder, tmp_path / "resnet18.pth") == list(CLASSIFIER)
@@ -256,7 +331,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_a_taggers_checkpoint_is_none_of_a_depth_network(tmp_path):
-    from calib_nb.tags.resnet import TaggerSpec, build_tagger, save_tagger
+    from calib_nb.tags.network import TaggerSpec, build_tagger, save_tagger
 
     spec = TaggerSpec("resnet18", ("a", "b"), width=8)
     with pytest.raises(ModelError, match="no checkpoint of a depth network"):
@@ -278,7 +353,10 @@ def test_any_size_divisible_by_32(rows, columns, limits):
     network = DepthNet(0.125, min_m=limits[0], max_m=limits[1]).eval()
     with torch.no_grad():
         depth = network(torch.randn(2, 3, 32 * rows, 32 * columns) * 5)
-    assert depth.shape == (2, 1, 32 * rows, 32 * columns) and limits[0] * 0.999 <= depth.min() <= depth.max() <= limits[1] * 1.001
+    assert (
+        depth.shape == (2, 1, 32 * rows, 32 * columns)
+        and limits[0] * 0.999 <= depth.min() <= depth.max() <= limits[1] * 1.001
+    )
     with pytest.raises(InputError, match="divisible by 32"):
         network(torch.zeros(1, 3, 32 * rows + 16, 32 * columns))
 
@@ -291,12 +369,29 @@ def test_the_file_equals_torch_and_is_static(tmp_path, width, size):
             network.train()(torch.randn(2, 3, size[1], size[0]))
     path = export_onnx(network, tmp_path / "m.onnx", size, outputs=("depth",))
     contract = read_contract(path)
-    assert contract.inputs[0].shape == (1, 3, size[1], size[0]) and contract.outputs[0].shape == (1, 1, size[1], size[0])
+    assert contract.inputs[0].shape == (1, 3, size[1], size[0]) and contract.outputs[0].shape == (
+        1,
+        1,
+        size[1],
+        size[0],
+    )
     x = torch.randn(1, 3, size[1], size[0])
     assert np.abs(open_session(path).run(None, {"input": x.numpy()})[0] / network(x).detach().numpy() - 1).max() < 1e-4
     import onnx
 
-    assert {n.op_type for n in onnx.load(path).graph.node} <= {"Conv", "Relu", "Add", "MaxPool", "Resize", "Sigmoid", "Mul", "Reciprocal", "Div", "Constant", "Identity"}
+    assert {n.op_type for n in onnx.load(path).graph.node} <= {
+        "Conv",
+        "Relu",
+        "Add",
+        "MaxPool",
+        "Resize",
+        "Sigmoid",
+        "Mul",
+        "Reciprocal",
+        "Div",
+        "Constant",
+        "Identity",
+    }
 
 
 def test_an_export_that_fails_leaves_the_old_file(tmp_path):
@@ -326,7 +421,9 @@ def test_losses_are_those_of_numpy_and_their_slopes_those_of_finite_differences(
     t[0, 0, 0] = 3.0
     d = (np.log(p[:, 0]) - np.log(np.where(t > 0, t, 1)))[t > 0]
     x, truth = torch.from_numpy(p).requires_grad_(), torch.from_numpy(t)
-    assert silog_loss(x, truth).item() == pytest.approx(math.sqrt(max(0, (d**2).mean() - 0.85 * d.mean() ** 2) + 1e-9)) and log_l1_loss(x, truth).item() == pytest.approx(np.abs(d).mean())
+    assert silog_loss(x, truth).item() == pytest.approx(
+        math.sqrt(max(0, (d**2).mean() - 0.85 * d.mean() ** 2) + 1e-9)
+    ) and log_l1_loss(x, truth).item() == pytest.approx(np.abs(d).mean())
     rgb = torch.from_numpy(rng.random((2, 3, 3, 4)))
     for loss in (lambda x: silog_loss(x, truth), lambda x: log_l1_loss(x, truth), lambda x: smoothness_loss(x, rgb)):
         assert torch.autograd.gradcheck(loss, x)
@@ -340,10 +437,14 @@ def test_penalties_against_numpy_and_finite_differences():
             torch.nn.init.uniform_(module.running_var, 0.1, 3)
     means = [p.detach().numpy().reshape(len(p), -1).mean(1).var() for p in network.parameters() if p.ndim > 1]
     assert mean_penalty(network).item() == pytest.approx(sum(means))
-    logs = [np.log(np.abs(w.detach().numpy()).reshape(len(w), -1).max(1)).var() for w in folded_weights(network).values()]
+    logs = [
+        np.log(np.abs(w.detach().numpy()).reshape(len(w), -1).max(1)).var() for w in folded_weights(network).values()
+    ]
     assert range_penalty(network).item() == pytest.approx(sum(logs), rel=1e-6) and len(logs) == 35
     table = penalty_table(network)
-    assert table.range_variance.sum() == pytest.approx(sum(logs), rel=1e-6) and table.mean_variance.sum() == pytest.approx(sum(means), rel=1e-6)
+    assert table.range_variance.sum() == pytest.approx(
+        sum(logs), rel=1e-6
+    ) and table.mean_variance.sum() == pytest.approx(sum(means), rel=1e-6)
     for penalty in PENALTIES.values():
         for parameter in (network.encoder.conv1.weight, network.encoder.bn1.weight, network.decoder[1].lateral.weight):
             network.zero_grad()
@@ -374,7 +475,11 @@ def test_folded_weights_are_those_of_the_exported_file(tmp_path):
 def test_dead_channels_are_left_alone():
     weight = torch.tensor([[1.0], [0.0], [1e-9]], requires_grad=True)
     channel_logs(weight).var(unbiased=False).backward()
-    assert torch.isfinite(weight.grad).all() and weight.grad[1:].abs().sum() == 0 and torch.isfinite(channel_logs(torch.zeros(3, 2))).all()
+    assert (
+        torch.isfinite(weight.grad).all()
+        and weight.grad[1:].abs().sum() == 0
+        and torch.isfinite(channel_logs(torch.zeros(3, 2))).all()
+    )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -390,8 +495,17 @@ def test_training_repeats_and_learns():
     runs = []
     for seed in (0, 0, 1):
         network = DepthNet(0.125, min_m=0.5, max_m=20)
-        runs.append((train(network, Ramps(), Training(epochs=6, batch=4, learning_rate=1e-2, seed=seed), progress=False), network))
-    assert runs[0][0].equals(runs[1][0]) and torch.equal(weights(runs[0][1]), weights(runs[1][1])) and not torch.equal(weights(runs[0][1]), weights(runs[2][1]))
+        runs.append(
+            (
+                train(network, Ramps(), Training(epochs=6, batch=4, learning_rate=1e-2, seed=seed), progress=False),
+                network,
+            )
+        )
+    assert (
+        runs[0][0].equals(runs[1][0])
+        and torch.equal(weights(runs[0][1]), weights(runs[1][1]))
+        and not torch.equal(weights(runs[0][1]), weights(runs[2][1]))
+    )
     assert runs[0][0].loss.iloc[-1] < 0.7 * runs[0][0].loss[0] and not runs[0][1].training
 
 
@@ -438,7 +552,12 @@ def test_a_killed_training_goes_on(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     content = load_checkpoint(checkpoint)  # whole, whenever the kill came
-    assert 1 <= len(content["history"]) < 60 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+    assert 1 <= len(content["history"]) < 60 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (
+        1,
+        1,
+        32,
+        32,
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -463,16 +582,31 @@ def test_frames_without_depth_do_no_harm():
             rgb, depth = super().__getitem__(k)
             return rgb, depth * 0
 
-    history = train(DepthNet(0.125), Bare(), Training(epochs=1, batch=4, smoothness=0), validation=Bare(2), progress=False)
+    history = train(
+        DepthNet(0.125), Bare(), Training(epochs=1, batch=4, smoothness=0), validation=Bare(2), progress=False
+    )
     assert history.loss[0] == 0 and history.abs_rel.isna().all()
 
 
 def test_the_schedule_and_the_settings():
     rates = [learning_rate_at(k, 100, Training(learning_rate=2.0, warmup=0.1)) for k in range(100)]
-    assert np.allclose(rates[:10], 0.2 * np.arange(1, 11)) and np.isclose(rates[54], 1) and np.isclose(rates[99], 0) and max(rates) == rates[9] == 2
-    assert [Training(penalty=p).penalty_weight for p in ("", "mean", "range")] == list(PENALTY_WEIGHTS.values()) and Training(penalty="range", penalty_weight=2.0).penalty_weight == 2
+    assert (
+        np.allclose(rates[:10], 0.2 * np.arange(1, 11))
+        and np.isclose(rates[54], 1)
+        and np.isclose(rates[99], 0)
+        and max(rates) == rates[9] == 2
+    )
+    assert [Training(penalty=p).penalty_weight for p in ("", "mean", "range")] == list(
+        PENALTY_WEIGHTS.values()
+    ) and Training(penalty="range", penalty_weight=2.0).penalty_weight == 2
     assert Training(warmup=0).warmup == 0 and learning_rate_at(0, 1, Training(warmup=0)) < 1e-12
-    for wrong in (dict(clip=0), dict(learning_rate=math.nan), dict(penalty="rang"), dict(warmup=1), dict(penalty_weight=-1)):
+    for wrong in (
+        dict(clip=0),
+        dict(learning_rate=math.nan),
+        dict(penalty="rang"),
+        dict(warmup=1),
+        dict(penalty_weight=-1),
+    ):
         with pytest.raises(InputError):
             Training(**wrong)
 
@@ -487,10 +621,15 @@ def test_normalising_is_the_presets():
 def test_workers_and_tensors_change_nothing():
     tensors = [tuple(torch.from_numpy(x) for x in Ramps()[k]) for k in range(12)]
     plan = Training(epochs=1, batch=4)
-    one, two, three = (train(DepthNet(0.125), data, plan, workers=workers, progress=False) for data, workers in ((Ramps(), 0), (Ramps(), 2), (tensors, 0)))
+    one, two, three = (
+        train(DepthNet(0.125), data, plan, workers=workers, progress=False)
+        for data, workers in ((Ramps(), 0), (Ramps(), 2), (tensors, 0))
+    )
     assert one.equals(two) and one.equals(three) and read_pair(tensors, 0)[0].dtype == torch.float32
     frames = evaluate(DepthNet(0.125), Ramps(5), batch=2)
-    assert len(frames) == 5 and frames.abs_rel.tolist() == pytest.approx(evaluate(DepthNet(0.125), Ramps(5), batch=5).abs_rel.tolist(), rel=1e-4)
+    assert len(frames) == 5 and frames.abs_rel.tolist() == pytest.approx(
+        evaluate(DepthNet(0.125), Ramps(5), batch=5).abs_rel.tolist(), rel=1e-4
+    )
 
 
 def test_tensorboard_logs_are_there(tmp_path):
@@ -517,7 +656,12 @@ def test_fine_tuning_with_the_range_penalty_evens_the_ranges(tmp_path):
     uneven = unequalize(network, 1)
     plain, evened = unequalize(network, 1), unequalize(network, 1)
     train(plain, Ramps(), Training(epochs=4, batch=4, learning_rate=1e-2), progress=False)
-    train(evened, Ramps(), Training(epochs=4, batch=4, learning_rate=1e-2, penalty="range", penalty_weight=0.1), progress=False)
+    train(
+        evened,
+        Ramps(),
+        Training(epochs=4, batch=4, learning_rate=1e-2, penalty="range", penalty_weight=0.1),
+        progress=False,
+    )
     before, without, with_penalty = (range_penalty(n).item() for n in (uneven, plain, evened))
     assert with_penalty < 0.8 * min(before, without)
     assert torch.equal(weights(load_network(tmp_path / "checkpoint.pt")), weights(network))
@@ -542,8 +686,9 @@ def test_unequal_channels_compute_the_same(decades, seed, width):
 
 
 def test_every_stream_is_found_in_the_file_too(tmp_path):
+    from calib_nb.graph.model import load_graph
+    from calib_nb.graph.simplify import simplify
     from calib_nb.quant.equalize import channel_groups
-    from calib_nb.quant.graph import load_graph, simplify
 
     network = DepthNet(0.125)
     groups = channel_groups(simplify(load_graph(export_onnx(network, tmp_path / "m.onnx", (64, 64)))))

@@ -26,9 +26,25 @@ from calib_nb.faces.decoders import (
     points_from_box,
     retinaface_priors,
 )  # fmt: skip
-from calib_nb.faces.detect import Faces, OnnxDetector, box_iou, encode_yunet, letterbox, letterbox_offset, letterbox_scale, suppress
+from calib_nb.faces.detect import (
+    Faces,
+    OnnxDetector,
+    box_iou,
+    encode_yunet,
+    letterbox,
+    letterbox_offset,
+    letterbox_scale,
+    suppress,
+)
 from calib_nb.faces.detectors import METHODS, FaceDetector, available, read_image
-from calib_nb.faces.landmarks import RtmposeFaces, box_to_input, decode_simcc, points_from_106, points_from_mesh, points_from_six
+from calib_nb.faces.landmarks import (
+    RtmposeFaces,
+    box_to_input,
+    decode_simcc,
+    points_from_106,
+    points_from_mesh,
+    points_from_six,
+)
 from calib_nb.faces.mtcnn import (
     Mtcnn,
     cut_crops,
@@ -46,11 +62,18 @@ SIZE = (128, 96)
 
 def constant_model(path, outputs, size):
     """An ONNX file that answers `outputs` whatever it is shown."""
-    nodes = [helper.make_node("ReduceMean", ["input"], ["mean"], keepdims=0), helper.make_node("Mul", ["mean", "zero"], ["nothing"])]
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+    ]
     nodes += [helper.make_node("Add", [f"{n}_value", "nothing"], [n]) for n in outputs]
-    values = [numpy_helper.from_array(np.float32(0), "zero")] + [numpy_helper.from_array(np.float32(v), f"{n}_value") for n, v in outputs.items()]
+    values = [numpy_helper.from_array(np.float32(0), "zero")] + [
+        numpy_helper.from_array(np.float32(v), f"{n}_value") for n, v in outputs.items()
+    ]
     infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, v.shape) for n, v in outputs.items()]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size[1], size[0]])], infos, values)
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size[1], size[0]])], infos, values
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
@@ -81,13 +104,24 @@ def logit(p):
 @given(one_face())
 def test_scrfd(face):
     box, points, stride = face
-    outputs = {f"{k}{s}": np.zeros((2 * (SIZE[0] // s) * (SIZE[1] // s), n), np.float32) for s in (8, 16, 32) for k, n in (("a", 1), ("b", 4), ("c", 10))}
+    outputs = {
+        f"{k}{s}": np.zeros((2 * (SIZE[0] // s) * (SIZE[1] // s), n), np.float32)
+        for s in (8, 16, 32)
+        for k, n in (("a", 1), ("b", 4), ("c", 10))
+    }
     column, row, cell = cell_of(box, stride)
     corner = np.array([column, row]) * stride
-    outputs[f"a{stride}"][2 * cell], outputs[f"b{stride}"][2 * cell] = 0.8, np.hstack([corner - box[:2], box[2:] - corner]) / stride
+    outputs[f"a{stride}"][2 * cell], outputs[f"b{stride}"][2 * cell] = (
+        0.8,
+        np.hstack([corner - box[:2], box[2:] - corner]) / stride,
+    )
     outputs[f"c{stride}"][2 * cell] = ((points - corner) / stride).ravel()
     found = decode_scrfd(outputs, input_size=SIZE)
-    assert np.allclose(found.boxes, [box], atol=1e-3) and np.allclose(found.landmarks, [points], atol=1e-3) and np.allclose(found.scores, 0.8)
+    assert (
+        np.allclose(found.boxes, [box], atol=1e-3)
+        and np.allclose(found.landmarks, [points], atol=1e-3)
+        and np.allclose(found.scores, 0.8)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -95,11 +129,17 @@ def test_scrfd(face):
 def test_retinaface(face):
     box, points, _ = face
     priors = retinaface_priors(SIZE)
-    outputs = {"l": np.zeros((1, len(priors), 4), np.float32), "c": np.zeros((1, len(priors), 2), np.float32), "p": np.zeros((1, len(priors), 10), np.float32)}
+    outputs = {
+        "l": np.zeros((1, len(priors), 4), np.float32),
+        "c": np.zeros((1, len(priors), 2), np.float32),
+        "p": np.zeros((1, len(priors), 10), np.float32),
+    }
     k = int(box_iou(np.hstack([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2]), box).argmax())
     center, side = priors[k, :2], priors[k, 2:]
     outputs["c"][0, k] = 0.1, 0.9
-    outputs["l"][0, k] = np.hstack([((box[:2] + box[2:]) / 2 - center) / side / 0.1, np.log((box[2:] - box[:2]) / side) / 0.2])
+    outputs["l"][0, k] = np.hstack(
+        [((box[:2] + box[2:]) / 2 - center) / side / 0.1, np.log((box[2:] - box[:2]) / side) / 0.2]
+    )
     outputs["p"][0, k] = ((points - center) / side / 0.1).ravel()
     found = decode_retinaface(outputs, input_size=SIZE)
     assert np.allclose(found.boxes, [box], atol=1e-2) and np.allclose(found.landmarks, [points], atol=1e-2)
@@ -111,11 +151,16 @@ def test_yolov5_face(face, k):
     box, points, stride = face
     anchor = np.array(YOLOV5_ANCHORS[stride][k])
     column, row, _ = cell_of(box, stride)
-    center, share = ((box[:2] + box[2:]) / 2 / stride - (column, row) + 0.5) / 2, np.sqrt((box[2:] - box[:2]) / anchor) / 2
+    center, share = (
+        ((box[:2] + box[2:]) / 2 / stride - (column, row) + 0.5) / 2,
+        np.sqrt((box[2:] - box[:2]) / anchor) / 2,
+    )
     if (share >= 1).any() or (share <= 0.01).any():
         return  # this anchor cannot say it
     outputs = {str(s): np.full((1, 48, SIZE[1] // s, SIZE[0] // s), -20, np.float32) for s in (8, 16, 32)}
-    values = np.hstack([logit(np.hstack([center, share])), 20, ((points - np.array([column, row]) * stride) / anchor).ravel(), 20])
+    values = np.hstack(
+        [logit(np.hstack([center, share])), 20, ((points - np.array([column, row]) * stride) / anchor).ravel(), 20]
+    )
     outputs[str(stride)][0, 16 * k : 16 * k + 16, row, column] = values
     found = decode_yolov5_face(outputs, input_size=SIZE)
     assert np.allclose(found.boxes, [box], atol=1e-2) and np.allclose(found.landmarks, [points], atol=1e-2)
@@ -162,9 +207,21 @@ def test_the_mean_of_a_distribution(value, bins):
     assert abs(dfl_distance(logits) - value) < 1e-5
 
 
-@pytest.mark.parametrize("decode_outputs, family", [(decode_scrfd, "SCRFD"), (decode_retinaface, "RetinaFace"), (decode_yolov5_face, "YOLOv5-Face"), (decode_yolov8_face, "YOLOv8-Face")])
+@pytest.mark.parametrize(
+    "decode_outputs, family",
+    [
+        (decode_scrfd, "SCRFD"),
+        (decode_retinaface, "RetinaFace"),
+        (decode_yolov5_face, "YOLOv5-Face"),
+        (decode_yolov8_face, "YOLOv8-Face"),
+    ],
+)
 def test_another_models_outputs_are_named(decode_outputs, family):
-    for outputs in ({}, {"x": np.zeros((1, 1000), np.float32)}, encode_yunet(np.zeros((0, 4)), np.zeros((0, 5, 2)), (64, 64))):
+    for outputs in (
+        {},
+        {"x": np.zeros((1, 1000), np.float32)},
+        encode_yunet(np.zeros((0, 4)), np.zeros((0, 5, 2)), (64, 64)),
+    ):
         with pytest.raises(ModelError, match=f"not {family}'s"):
             decode_outputs(outputs, input_size=(64, 64))
 
@@ -192,12 +249,25 @@ class Evil:
         return self.call[0], self.call[1:]
 
 
-@pytest.mark.parametrize("evil", [Evil(os.system, "touch {}"), Evil(eval, "open('{}', 'w')"), Evil(np.load, "{}"), Evil(np.ndarray.tofile, np.zeros(3), "{}"), Evil(getattr, np.zeros(3), "tofile")])
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Evil(os.system, "touch {}"),
+        Evil(eval, "open('{}', 'w')"),
+        Evil(np.load, "{}"),
+        Evil(np.ndarray.tofile, np.zeros(3), "{}"),
+        Evil(getattr, np.zeros(3), "tofile"),
+    ],
+)
 def test_a_hostile_pickle_is_refused_before_it_acts(tmp_path, evil):
     mark = tmp_path / "mark"
     evil.call = tuple(a.format(mark) if isinstance(a, str) else a for a in evil.call)
     header = b"\x93NUMPY\x01\x00F\x00{'descr': '|O', 'fortran_order': False, 'shape': (), }               \n"
-    for body in (pickle.dumps({"w": evil}), pickle.dumps(evil), pickle.dumps(np.array({"w": evil}, object), protocol=2)):
+    for body in (
+        pickle.dumps({"w": evil}),
+        pickle.dumps(evil),
+        pickle.dumps(np.array({"w": evil}, object), protocol=2),
+    ):
         (tmp_path / "evil.npy").write_bytes(header + body)
         with pytest.raises(ModelError, match="no dictionary of float arrays: it asks for"):
             load_arrays(tmp_path / "evil.npy")
@@ -232,17 +302,27 @@ def test_the_cascades_geometry(seed, n):
     boxes = np.hstack([corner, corner + rng.integers(3, 50, (n, 2))])
     square = square_boxes(boxes)
     sides = square[:, 2:] - square[:, :2] + 1
-    assert (sides[:, 0] == sides[:, 1]).all() and (np.abs((square[:, :2] + square[:, 2:]) - (boxes[:, :2] + boxes[:, 2:])) <= 2).all()
+    assert (sides[:, 0] == sides[:, 1]).all() and (
+        np.abs((square[:, :2] + square[:, 2:]) - (boxes[:, :2] + boxes[:, 2:])) <= 2
+    ).all()
     assert np.array_equal(regress_boxes(boxes, np.zeros((n, 4))), boxes)
     crops = cut_crops(np.full((40, 50, 3), 200, np.uint8), square, 24)
     assert crops.shape == (n, 3, 24, 24) and crops.min() >= -127.5 / 128 and crops.max() <= 72.5 / 128 + 1e-6
     smaller = overlap_of_smaller(boxes, boxes)
-    assert np.allclose(np.diag(smaller), 1) and (smaller >= box_iou(boxes, boxes) - 1e-9).all() and smaller.max() <= 1 + 1e-9
+    assert (
+        np.allclose(np.diag(smaller), 1)
+        and (smaller >= box_iou(boxes, boxes) - 1e-9).all()
+        and smaller.max() <= 1 + 1e-9
+    )
 
 
 def test_the_pyramid_and_its_windows():
     scales = pyramid_scales(640, 480, min_face=20)
-    assert scales[0] == 0.6 and np.allclose(np.diff(np.log(scales)), np.log(0.707)) and 480 * scales[-1] > 12 >= 480 * scales[-1] * 0.707
+    assert (
+        scales[0] == 0.6
+        and np.allclose(np.diff(np.log(scales)), np.log(0.707))
+        and 480 * scales[-1] > 12 >= 480 * scales[-1] * 0.707
+    )
     boxes, scores, shift = window_boxes(np.zeros((5, 5)), np.zeros((4, 5, 5)), 0.5, 0.6)
     assert boxes.shape == (0, 4) and scores.shape == (0,) and shift.shape == (0, 4)
 
@@ -268,7 +348,9 @@ def test_simcc_finds_the_place(seed, n, k):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(0, 100), st.floats(0, 100), st.floats(1, 80), st.floats(1, 80), st.sampled_from([(256, 256), (192, 256)]))
+@given(
+    st.floats(0, 100), st.floats(0, 100), st.floats(1, 80), st.floats(1, 80), st.sampled_from([(256, 256), (192, 256)])
+)
 def test_a_box_fills_the_input(x, y, w, h, size):
     matrix = box_to_input(np.array([x, y, x + w, y + h]), size)
     assert np.allclose(matrix[:, :2] @ (x + w / 2, y + h / 2) + matrix[:, 2], np.array(size) / 2)
@@ -299,14 +381,23 @@ def crowd(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nobody(tmp_path_factory):
-    return constant_model(tmp_path_factory.mktemp("nobody") / "nobody.onnx", encode_yunet(np.zeros((0, 4)), np.zeros((0, 5, 2)), (64, 64)), (64, 64))
+    return constant_model(
+        tmp_path_factory.mktemp("nobody") / "nobody.onnx",
+        encode_yunet(np.zeros((0, 4)), np.zeros((0, 5, 2)), (64, 64)),
+        (64, 64),
+    )
 
 
 def test_two_hundred_faces(crowd):
     detector, photo = FaceDetector("yunet", model=crowd), np.zeros((640, 640, 3), np.uint8)
     faces = detector.detect(photo, "bgr")
     boxes, points = detector.detect_faces(photo, "bgr")
-    assert len(faces) == 200 and boxes.shape == (200, 5) and points.shape == (200, 5, 2) and boxes.dtype == points.dtype == np.float32
+    assert (
+        len(faces) == 200
+        and boxes.shape == (200, 5)
+        and points.shape == (200, 5, 2)
+        and boxes.dtype == points.dtype == np.float32
+    )
     assert (np.diff(boxes[:, 4]) <= 0).all() and detector.align(photo, "bgr", size=96).shape == (96, 96, 3)
 
 
@@ -363,12 +454,21 @@ def test_a_batch_goes_on_past_what_cannot_be_read(tmp_path, crowd, caplog):
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
     cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((64, 64, 3), np.uint8))
-    detector, paths = FaceDetector("yunet", model=crowd), [tmp_path / n for n in ("good.jpg", "text.jpg", "empty.jpg", "missing.jpg", "good.jpg")]
+    detector, paths = (
+        FaceDetector("yunet", model=crowd),
+        [tmp_path / n for n in ("good.jpg", "text.jpg", "empty.jpg", "missing.jpg", "good.jpg")],
+    )
     with caplog.at_level(logging.WARNING):
         found = detector.detect_batch(paths, progress=False)
     assert [f if f is None else len(f) for f in found] == [200, None, None, None, 200] and len(caplog.records) == 3
     table = detector.benchmark(paths)
-    assert (table.error != "").tolist() == [False, True, True, True, False] and table.faces.tolist() == [200, 0, 0, 0, 200]
+    assert (table.error != "").tolist() == [False, True, True, True, False] and table.faces.tolist() == [
+        200,
+        0,
+        0,
+        0,
+        200,
+    ]
     assert (table.detect_ms.notna() == (table.error == "")).all()
     with pytest.raises(InputError, match="never guessed"):  # not a matter of one picture
         detector.detect_batch([np.zeros((4, 4, 3), np.uint8)], progress=False)
@@ -388,7 +488,9 @@ def test_a_model_of_the_wrong_kind(tmp_path, crowd, name):
 def test_a_network_with_another_input_is_refused(tmp_path):
     gray = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 64, 64])],
                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 64, 64])])  # fmt: skip
-    onnx.save(helper.make_model(gray, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "gray.onnx")
+    onnx.save(
+        helper.make_model(gray, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "gray.onnx"
+    )
     with pytest.raises(ModelError, match=r"shape \[1, 1, 64, 64\].*is this a face detector"):
         FaceDetector("scrfd", model=tmp_path / "gray.onnx")
 
@@ -396,7 +498,11 @@ def test_a_network_with_another_input_is_refused(tmp_path):
 def test_thresholds_and_devices(crowd):
     photo = np.zeros((640, 640, 3), np.uint8)
     assert FaceDetector("yunet", model=crowd, score_threshold=1).detect(photo, "bgr") != []
-    for options, message in (({"score_threshold": -1}, "expected 0 to 1"), ({"device": "tpu"}, "unknown device"), ({"model": crowd, "nms_threshold": 1.5}, "expected 0 to 1")):
+    for options, message in (
+        ({"score_threshold": -1}, "expected 0 to 1"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"model": crowd, "nms_threshold": 1.5}, "expected 0 to 1"),
+    ):
         with pytest.raises(InputError, match=message):
             FaceDetector("yunet", **options)
     for name, key in (("mtcnn", "nms_threshold"), ("rtmpose", "score_threshold"), ("mediapipe", "nms_threshold")):
@@ -409,7 +515,7 @@ def test_thresholds_and_devices(crowd):
 def test_the_fallback_is_said_once(crowd, caplog):
     import onnxruntime
 
-    from calib_nb.npu import contract
+    from calib_nb.graph import contract
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("CUDA is there")
@@ -448,13 +554,20 @@ def brightest_model(path, size=256, points=106):
         nodes += [
             helper.make_node("ReduceMax", ["bright"], [f"{name}_row"], axes=[axis], keepdims=0),
             helper.make_node("Unsqueeze", [f"{name}_row", "last"], [f"{name}_one"]),
-            helper.make_node("Concat", [f"{name}_one", f"{name}_one"], [f"{name}_two"], axis=2),  # SimCC has two bins per pixel
+            helper.make_node(
+                "Concat", [f"{name}_one", f"{name}_one"], [f"{name}_two"], axis=2
+            ),  # SimCC has two bins per pixel
             helper.make_node("Reshape", [f"{name}_two", "flat"], [f"{name}_bins"]),
             helper.make_node("Expand", [f"{name}_bins", "every"], [f"simcc_{name}"]),
         ]
-    values = [numpy_helper.from_array(np.int64(v), n) for n, v in (("last", [2]), ("flat", [1, 1, 2 * size]), ("every", [1, points, 2 * size]))]
+    values = [
+        numpy_helper.from_array(np.int64(v), n)
+        for n, v in (("last", [2]), ("flat", [1, 1, 2 * size]), ("every", [1, points, 2 * size]))
+    ]
     infos = [helper.make_tensor_value_info(f"simcc_{n}", TensorProto.FLOAT, [1, points, 2 * size]) for n in "xy"]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size, size])], infos, values)
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size, size])], infos, values
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
@@ -469,25 +582,41 @@ def test_rtmpose_finds_a_point_where_it_is_in_the_photo(tmp_path):
         photo = np.zeros((300, 300, 3), np.uint8)
         cv2.circle(photo, tuple(int(v) for v in np.round(point)), 5, (255, 255, 255), -1)
         photo = cv2.GaussianBlur(photo, (0, 0), 3)
-        box = np.float32([min(x, point[0] - 5), min(y, point[1] - 5), max(x + w, point[0] + 5), max(y + h, point[1] + 5)])
+        box = np.float32(
+            [min(x, point[0] - 5), min(y, point[1] - 5), max(x + w, point[0] + 5), max(y + h, point[1] + 5)]
+        )
         found = pose.points(photo, box[None])
         assert found.shape == (1, 106, 2) and np.abs(found - point).max() < 1.5 + 1.25 * max(w, h) / 256
 
 
 def test_rtmpose_on_the_boxes_of_the_published_yunet(real_data, tmp_path):
     model = brightest_model(tmp_path / "pose.onnx")
-    detector, boxes = FaceDetector("rtmpose", models=real_data / "models", model=model), FaceDetector("yunet", models=real_data / "models")
+    detector, boxes = (
+        FaceDetector("rtmpose", models=real_data / "models", model=model),
+        FaceDetector("yunet", models=real_data / "models"),
+    )
     photo = decode(next((real_data / "faces_multi" / "office").glob("*.jpg")))
     found, wanted = detector.find(photo, "bgr"), boxes.find(photo, "bgr")
-    assert len(found) == len(wanted) > 1 and np.array_equal(found.boxes, wanted.boxes) and np.array_equal(found.scores, wanted.scores)
+    assert (
+        len(found) == len(wanted) > 1
+        and np.array_equal(found.boxes, wanted.boxes)
+        and np.array_equal(found.scores, wanted.scores)
+    )
     widened = (wanted.boxes[:, 2:] - wanted.boxes[:, :2]).max(axis=1) * 1.25
-    assert (np.abs(found.landmarks - (wanted.boxes[:, None, :2] + wanted.boxes[:, None, 2:]) / 2).max(axis=(1, 2)) <= widened / 2 + 1).all()
+    assert (
+        np.abs(found.landmarks - (wanted.boxes[:, None, :2] + wanted.boxes[:, None, 2:]) / 2).max(axis=(1, 2))
+        <= widened / 2 + 1
+    ).all()
 
 
 def test_nothing_is_downloaded_by_a_look(tmp_path, monkeypatch):
     monkeypatch.setattr("calib_nb.faces.detectors.fetch_model", lambda *a, **k: pytest.fail("it tried"))
     table = available(tmp_path)
-    assert table.method.tolist() == list(METHODS) and (table.loc[~table.ready, "missing"] != "").all() and (table.loc[~table.ready, "get"] != "").all()
+    assert (
+        table.method.tolist() == list(METHODS)
+        and (table.loc[~table.ready, "missing"] != "").all()
+        and (table.loc[~table.ready, "get"] != "").all()
+    )
 
 
 # ---------------------------------------------------------------- photos of people
@@ -527,7 +656,18 @@ def portraits(real_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, agreement", {"yunet": 0.13, "retinaface": 0.07, "yolov5_face": 0.07, "yolov8": 0.09, "mtcnn": 0.07, "mediapipe": 0.07, "mediapipe_simple": 0.13}.items())
+@pytest.mark.parametrize(
+    "name, agreement",
+    {
+        "yunet": 0.13,
+        "retinaface": 0.07,
+        "yolov5_face": 0.07,
+        "yolov8": 0.09,
+        "mtcnn": 0.07,
+        "mediapipe": 0.07,
+        "mediapipe_simple": 0.13,
+    }.items(),
+)
 def test_the_face_of_a_portrait_is_found_and_its_points_agree(real_data, portraits, name, agreement):
     """The median distance of the five points from SCRFD's, as a share of the eye distance."""
     detector = build(name, real_data)
@@ -550,7 +690,10 @@ def test_opencv_and_onnx_runtime_see_the_same_yunet(real_data):
         picture = letterbox(decode(photo), (640, 640))[0]
         a, b = ours.find(picture, "bgr"), theirs.find(picture, "bgr")
         pairs = match_boxes(a.boxes, b.boxes, 0.9)
-        assert len(a) == len(b) == len(pairs) and np.abs(a.landmarks[pairs[:, 0]] - b.landmarks[pairs[:, 1]]).max(initial=0) < 0.5
+        assert (
+            len(a) == len(b) == len(pairs)
+            and np.abs(a.landmarks[pairs[:, 0]] - b.landmarks[pairs[:, 1]]).max(initial=0) < 0.5
+        )
 
 
 @pytest.mark.slow
@@ -569,7 +712,10 @@ def test_published_weights_of_mtcnn_load(real_data):
 
 def test_all_that_have_their_files_are_ready(real_data):
     table = available(real_data / "models").set_index("method")
-    assert table.loc[["yunet", "scrfd", "retinaface", "yolov5_face", "yolov8", "mtcnn"], "ready"].all() and not table.ready["rtmpose"]
+    assert (
+        table.loc[["yunet", "scrfd", "retinaface", "yolov5_face", "yolov8", "mtcnn"], "ready"].all()
+        and not table.ready["rtmpose"]
+    )
 
 
 @pytest.mark.parametrize("kind, file", [("mediapipe", "text.task"), ("mediapipe_simple", "text.tflite")])
@@ -598,7 +744,13 @@ def test_int8_runs_in_the_same_place(real_data, tmp_path):
 
     photos = [decode(p) for p in lfw_photos(real_data)[:12]]
     method = METHODS["retinaface"]
-    int8 = quantize(real_data / "models" / "retinaface_mobilenet0.25_FaceDetector_heads.onnx", [letterbox(p, (640, 640), **method.placing)[0] for p in photos[:8]], method.preprocess, tmp_path / "int8.onnx", progress=False)
+    int8 = quantize(
+        real_data / "models" / "retinaface_mobilenet0.25_FaceDetector_heads.onnx",
+        [letterbox(p, (640, 640), **method.placing)[0] for p in photos[:8]],
+        method.preprocess,
+        tmp_path / "int8.onnx",
+        progress=False,
+    )
     before, after = FaceDetector("retinaface", models=real_data / "models"), FaceDetector("retinaface", model=int8.path)
     assert isinstance(after._engine, OnnxDetector)
     for photo in photos[8:]:
@@ -613,6 +765,8 @@ def test_suppression_takes_another_measure():
 
 
 def test_a_chosen_face():
-    faces = Faces(np.float32([[0, 0, 50, 50], [40, 40, 60, 60]]), np.float32([0.8, 0.9]), np.zeros((2, 5, 2), np.float32))
+    faces = Faces(
+        np.float32([[0, 0, 50, 50], [40, 40, 60, 60]]), np.float32([0.8, 0.9]), np.zeros((2, 5, 2), np.float32)
+    )
     assert faces.largest().scores == np.float32(0.8) and faces.central((100, 100)).scores == np.float32(0.9)
     assert np.allclose(faces.moved(3, -2).moved(-3, 2).boxes, faces.boxes)

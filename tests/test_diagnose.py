@@ -11,16 +11,17 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calib_nb.analysis.diagnose import Thresholds, diagnose, diagnosis_page, plot_diagnosis
+from calib_nb.analysis.match import pair
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import preset
-from calib_nb.npu.contract import fix_batch
-from calib_nb.quant.auto import auto
-from calib_nb.quant.diagnose import Thresholds, diagnose, diagnosis_page, plot_diagnosis
+from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.model import load_graph
+from calib_nb.graph.simplify import simplify
 from calib_nb.quant.equalize import equalize
-from calib_nb.quant.graph import load_graph, simplify
-from calib_nb.quant.pair import pair
 from calib_nb.quant.quantize import quantize
+from calib_nb.quant.recipe import auto
 
 quantization = pytest.importorskip("onnxruntime.quantization")
 
@@ -33,9 +34,23 @@ def network(path, seed=0, names=str):
     made = [("Conv", ["input", "w1"], "c1", {"pads": [1] * 4}), ("BatchNormalization", ["c1", "gamma", "beta", "mean", "var"], "n1", {}), ("Relu", ["n1"], "r1", {}), ("Conv", ["r1", "w2", "b2"], "c2", {"pads": [1] * 4, "group": 8}), ("Relu", ["c2"], "r2", {}),
             ("Conv", ["r2", "w3", "b3"], "c3", {}), ("Add", ["r1", "c3"], "sum", {}), ("GlobalAveragePool", ["sum"], "p", {}), ("Flatten", ["p"], "f", {}), ("Gemm", ["f", "w4", "b4"], "output", {"transB": 1})]  # fmt: skip
     fixed = {"input", "output", *w}
-    nodes = [helper.make_node(op, [i if i in fixed else names(i) for i in reads], [out if out in fixed else names(out)], name=f"{op}_{out}", **more) for op, reads, out, more in made]
-    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("input", [1, 3, 16, 16]), ("output", [1, 6]))]
-    graph = helper.make_graph(nodes, "g", info[:1], info[1:], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in w.items()])
+    nodes = [
+        helper.make_node(
+            op,
+            [i if i in fixed else names(i) for i in reads],
+            [out if out in fixed else names(out)],
+            name=f"{op}_{out}",
+            **more,
+        )
+        for op, reads, out, more in made
+    ]
+    info = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("input", [1, 3, 16, 16]), ("output", [1, 6]))
+    ]
+    graph = helper.make_graph(
+        nodes, "g", info[:1], info[1:], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in w.items()]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
@@ -57,7 +72,9 @@ def static(model, output, photos, preprocess, per_channel, prepare=False):
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
-            self.feeds = iter([{name: preprocess(p if isinstance(p, np.ndarray) else decode(p)).astype(np.float32)} for p in photos])
+            self.feeds = iter(
+                [{name: preprocess(p if isinstance(p, np.ndarray) else decode(p)).astype(np.float32)} for p in photos]
+            )
 
         def get_next(self):
             return next(self.feeds, None)
@@ -99,10 +116,17 @@ def test_every_writer_is_read(writer, tmp_path):
     assert not found.unmatched and found.table.macs_share.sum() == pytest.approx(1)
     assert (table.sqnr_isolated_db > 25).all() and set(table.grade) == {"OK"} and not table.rescaled.any()
     linear = table[table.op.isin(["Conv", "Gemm"])]
-    assert len(linear) == 4 and linear.int8.all() and (linear.weight_sqnr_db > 25).all() and (linear.weight_per_channel[:3] == (writer not in ("ort per tensor", "per-tensor-npu"))).all()
+    assert (
+        len(linear) == 4
+        and linear.int8.all()
+        and (linear.weight_sqnr_db > 25).all()
+        and (linear.weight_per_channel[:3] == (writer not in ("ort per tensor", "per-tensor-npu"))).all()
+    )
     ours, theirs = tensors(model, ["output"])[0], tensors(int8, ["output"])[0]
     cosine, sqnr_db = ratios(ours, theirs)
-    assert table.cosine["output"] == pytest.approx(cosine, abs=1e-5) and table.sqnr_db["output"] == pytest.approx(sqnr_db, abs=0.02)
+    assert table.cosine["output"] == pytest.approx(cosine, abs=1e-5) and table.sqnr_db["output"] == pytest.approx(
+        sqnr_db, abs=0.02
+    )
 
 
 def test_numbers_against_an_oracle(tmp_path):
@@ -113,7 +137,10 @@ def test_numbers_against_an_oracle(tmp_path):
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load(int8).graph.initializer}
     scale, zero = float(constants["sum_scale"]), int(constants["sum_zero_point"])
     x, y = tensors(model, ["sum"])[0], tensors(int8, ["sum_DequantizeLinear_Output"])[0]
-    low, high = (np.iinfo(constants["sum_zero_point"].dtype).min - zero) * scale, (np.iinfo(constants["sum_zero_point"].dtype).max - zero) * scale
+    low, high = (
+        (np.iinfo(constants["sum_zero_point"].dtype).min - zero) * scale,
+        (np.iinfo(constants["sum_zero_point"].dtype).max - zero) * scale,
+    )
     alone = np.clip(np.rint(x / scale) * scale, low, high)
     row = table.loc["sum"]
     assert (row.cosine, row.sqnr_db) == pytest.approx(ratios(x, y), abs=1e-3)
@@ -121,7 +148,9 @@ def test_numbers_against_an_oracle(tmp_path):
     assert row.clipped_share == pytest.approx(np.mean((x > high + scale / 2) | (x < low - scale / 2)), abs=1e-3)
     assert row.range_use == pytest.approx((min(x.max(), high) - max(x.min(), low)) / (high - low), abs=2 / 255)
     outside = (x > high) | (x < low)
-    assert row.scale == pytest.approx(scale) and row.cause == ("clipping" if np.square(x - alone)[outside].sum() > np.square(x - alone)[~outside].sum() else "rounding")
+    assert row.scale == pytest.approx(scale) and row.cause == (
+        "clipping" if np.square(x - alone)[outside].sum() > np.square(x - alone)[~outside].sum() else "rounding"
+    )
     per_channel = [ratios(x[:, :, c], alone[:, :, c])[1] for c in range(8)]
     assert row.channel_sqnr_db == pytest.approx(np.median(per_channel), abs=0.05)
     reach = np.abs(x).max((0, 1, 3, 4))
@@ -142,24 +171,42 @@ def test_a_planted_fault_is_found(writer, tmp_path):
     worst = found.worst().iloc[0]
     assert (worst.output, worst.grade, worst.cause) == ("r1", "Critical", "clipping") and worst.clipped_share > 0.3
     assert (table.sqnr_isolated_db.drop("r1") > 25).all()
-    assert table.sqnr_db["r2"] < 10 and table.grade["r2"] == "Warning" and f"see {worst.node} first" in table.next_step["r2"]
+    assert (
+        table.sqnr_db["r2"] < 10
+        and table.grade["r2"] == "Warning"
+        and f"see {worst.node} first" in table.next_step["r2"]
+    )
     assert "cut off" in worst.next_step and worst.node in found.worst().node.iloc[0]
 
 
 def test_a_wrong_weight_scale_is_no_intent(tmp_path):
     model = network(tmp_path / "m.onnx")
-    broken = onnx.load(quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path)
+    broken = onnx.load(
+        quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+    )
     scale = next(t for t in broken.graph.initializer if t.name == "w3_scale")
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(3), scale.name))
     onnx.save(broken, tmp_path / "broken.onnx")
     table = diagnose(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False).table.set_index("output")
-    assert not table.rescaled.any() and table.own_db.idxmin() == "c3" and table.grade["c3"] == "Critical" and table.weight_sqnr_db["c3"] < 0 and table.cause["c3"] in ("weights", "clipping")
+    assert (
+        not table.rescaled.any()
+        and table.own_db.idxmin() == "c3"
+        and table.grade["c3"] == "Critical"
+        and table.weight_sqnr_db["c3"] < 0
+        and table.cause["c3"] in ("weights", "clipping")
+    )
 
 
 def test_equalized_networks_are_compared_without_their_factors(tmp_path):
     model = network(tmp_path / "m.onnx")
     even = equalize(simplify(load_graph(model)), [chain(p) for p in PICTURES]).save(tmp_path / "even.onnx")
-    table = diagnose(model, quantize(even, PICTURES, chain, tmp_path / "q.onnx", progress=False).path, PICTURES, chain, progress=False).table.set_index("output")
+    table = diagnose(
+        model,
+        quantize(even, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
+        PICTURES,
+        chain,
+        progress=False,
+    ).table.set_index("output")
     assert table.rescaled.sum() >= 1 and (table.own_db > 20).all() and table.weight_sqnr_db[["r2", "c3"]].isna().all()
     recipe = auto(model, PICTURES, chain, tmp_path / "auto.onnx", profile="per-tensor-npu", progress=False)
     found = diagnose(model, recipe.model.path, PICTURES, chain, progress=False)
@@ -188,7 +235,9 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 def test_a_layer_without_counterpart_is_listed_never_guessed(tmp_path):
     model = network(tmp_path / "m.onnx")
-    written = onnx.load(quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path)
+    written = onnx.load(
+        quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+    )
     for n in written.graph.node:
         for names in (n.input, n.output):
             for k, name in enumerate(names):
@@ -203,10 +252,17 @@ def test_page_and_figure(tmp_path):
     import matplotlib.pyplot as plt
 
     model = network(tmp_path / "m.onnx")
-    found = diagnose(model, quantize(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path, PICTURES, chain, thresholds=Thresholds(warning_db=60), progress=False)
+    found = diagnose(
+        model,
+        quantize(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
+        PICTURES,
+        chain,
+        thresholds=Thresholds(warning_db=60),
+        progress=False,
+    )
     page = diagnosis_page(found, tmp_path / "sub" / "page.html")
     first = page.read_bytes()
-    assert b"Begin here" in first and b"src=\"http" not in first and diagnosis_page(found, page).read_bytes() == first
+    assert b"Begin here" in first and b'src="http' not in first and diagnosis_page(found, page).read_bytes() == first
     ax = plot_diagnosis(found, plt.subplots()[1])
     assert ax.get_ylabel() == "SQNR against float (dB)" and [p.name for p in page.parent.iterdir()] == ["page.html"]
     plt.close("all")
@@ -223,16 +279,46 @@ def test_command(tmp_path):
     (tmp_path / "photos").mkdir()
     for k, picture in enumerate(PICTURES):
         cv2.imwrite(str(tmp_path / "photos" / f"{k}.png"), picture)
-    steps = [{"div": {"x": 127.5}}, {"subtract": {"x": 1}}, {"transpose": {"axis": [2, 0, 1]}}, {"expandDim": {"axis": 0}}]
-    config = {"inputs": {"input": [1, 3, 16, 16]}, "calibration_num": 5, "calibration_method": "ema", "default_loader": {"dataset_path": str(tmp_path / "photos"), "file_extensions": ["png"], "preprocessings": steps}}
+    steps = [
+        {"div": {"x": 127.5}},
+        {"subtract": {"x": 1}},
+        {"transpose": {"axis": [2, 0, 1]}},
+        {"expandDim": {"axis": 0}},
+    ]
+    config = {
+        "inputs": {"input": [1, 3, 16, 16]},
+        "calibration_num": 5,
+        "calibration_method": "ema",
+        "default_loader": {
+            "dataset_path": str(tmp_path / "photos"),
+            "file_extensions": ["png"],
+            "preprocessings": steps,
+        },
+    }
     (tmp_path / "c.json").write_text(json.dumps(config))
 
     def command(*arguments):
-        return subprocess.run([sys.executable, "-c", "import sys; from calib_nb.cli import main; sys.exit(main())", "diagnose", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"})
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from calib_nb.cli import main; sys.exit(main())",
+                "diagnose",
+                *map(str, arguments),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"},
+        )
 
     done = command("--float", model, "--int8", int8, "--config", "c.json", "--output", "found")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "found").iterdir()} == {"diagnosis.csv", "diagnosis.html", "diagnosis.png"} and "0 Critical" in done.stdout
+    assert {p.name for p in (tmp_path / "found").iterdir()} == {
+        "diagnosis.csv",
+        "diagnosis.html",
+        "diagnosis.png",
+    } and "0 Critical" in done.stdout
     wrong = command("--float", model, "--int8", model, "--config", "c.json")
     assert wrong.returncode == 2 and "is a float model" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
     assert command("--float", model, "--int8", int8, "--config", "none.json").returncode == 2
@@ -251,7 +337,12 @@ def test_edgeface(writer, real_data, tmp_path):
     assert found.table.weight_sqnr_db.notna().sum() >= 50
     if writer != "ort-cpu":  # which leaves everything but products in float
         worst = found.worst()
-        assert list(worst.op[worst.grade == "Critical"]) and set(worst.op[worst.grade == "Critical"]) <= {"Mul", "Add"} and (worst.uneven[:3] > 50).all() and "LayerNormalization" in set(worst.op)
+        assert (
+            list(worst.op[worst.grade == "Critical"])
+            and set(worst.op[worst.grade == "Critical"]) <= {"Mul", "Add"}
+            and (worst.uneven[:3] > 50).all()
+            and "LayerNormalization" in set(worst.op)
+        )
     assert found.table.sqnr_db.iloc[-1] < 12
 
 
@@ -261,11 +352,22 @@ def test_yunet(writer, real_data, tmp_path):
     model = real_data / "models" / "face_detection_yunet_2023mar.onnx"
     photos, see = sorted((real_data / "faces_multi" / "ub").rglob("*.jpg")), preset("yunet", size=(640, 640))
     source = model
-    if writer in ("ort per channel", "ort prepared"):  # below opset 13 quantize_static writes scales per channel that nothing can read
+    if writer in (
+        "ort per channel",
+        "ort prepared",
+    ):  # below opset 13 quantize_static writes scales per channel that nothing can read
         source = tmp_path / "opset13.onnx"
         onnx.save(onnx.version_converter.convert_version(onnx.load(model), 13), source)
         with pytest.raises(ModelError, match="unreadable.onnx"):
-            diagnose(model, static(model, tmp_path / "unreadable.onnx", photos[:1], see, True), photos[8:9], see, progress=False)
-    found = diagnose(model, WRITERS[writer](source, tmp_path / "q.onnx", photos[:8], see), photos[8:11], see, progress=False)
+            diagnose(
+                model,
+                static(model, tmp_path / "unreadable.onnx", photos[:1], see, True),
+                photos[8:9],
+                see,
+                progress=False,
+            )
+    found = diagnose(
+        model, WRITERS[writer](source, tmp_path / "q.onnx", photos[:8], see), photos[8:11], see, progress=False
+    )
     assert not found.unmatched and len(found.table) >= 60 and (found.table.weight_sqnr_db.dropna() > 25).all()
     assert (found.table.own_db[found.table.op == "Conv"] > 20).all()

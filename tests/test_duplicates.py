@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
 from calib_nb.data.demo_photos import paint_scene
-from calib_nb.data.duplicates import MAX_DISTANCE, group_near, hash_images, keep_one_per_group, leaks, near_duplicates, near_pairs
+from calib_nb.data.duplicates import (
+    MAX_DISTANCE,
+    group_near,
+    hash_images,
+    keep_one_per_group,
+    leaks,
+    near_duplicates,
+    near_pairs,
+)
 from calib_nb.data.images import decode, find_images
 
 COPIES = {
@@ -33,7 +41,11 @@ def test_pairs_agree_with_counting_bits_one_by_one(n, m, limit, seed):
     rng = np.random.default_rng(seed)
     a, b = (pd.DataFrame(rng.integers(0, 2**64, (k, 4), dtype=np.uint64)) for k in (n, m))
     found = {(i, j): d for i, j, d in near_pairs(a, b, max_distance=limit).itertuples(index=False)}
-    by_hand = {(i, j): sum((int(x) ^ int(y)).bit_count() for x, y in zip(a.loc[i], b.loc[j])) for i in range(n) for j in range(m)}
+    by_hand = {
+        (i, j): sum((int(x) ^ int(y)).bit_count() for x, y in zip(a.loc[i], b.loc[j]))
+        for i in range(n)
+        for j in range(m)
+    }
     assert found == {pair: d for pair, d in by_hand.items() if d <= limit}
 
 
@@ -46,7 +58,9 @@ def test_groups_are_the_connected_components(words, limit):
     groups = group_near(hashes, list(hashes.index)[::-1], max_distance=limit)
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(words)))
-    graph.add_edges_from((i, j) for i, x in enumerate(words) for j, y in enumerate(words[:i]) if (x ^ y).bit_count() <= limit)
+    graph.add_edges_from(
+        (i, j) for i, x in enumerate(words) for j, y in enumerate(words[:i]) if (x ^ y).bit_count() <= limit
+    )
     expected = {frozenset(f"{i:02d}" for i in component) for component in networkx.connected_components(graph)}
     assert {frozenset(group.index) for _, group in groups.groupby(groups)} == expected
 
@@ -93,7 +107,9 @@ def test_an_unreadable_file_can_leak_only_by_its_bytes(tmp_path):
     for side in ("calibration", "validation"):
         write(tmp_path / side / f"{side}.jpg", paint_scene(len(side)))
         (tmp_path / side / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    assert leaks(tmp_path / "calibration", tmp_path / "validation", progress=False)["calibration"].tolist() == ["broken.jpg"]
+    assert leaks(tmp_path / "calibration", tmp_path / "validation", progress=False)["calibration"].tolist() == [
+        "broken.jpg"
+    ]
 
 
 def test_real_photos_give_no_false_alarm_and_their_copies_are_found(real_data, tmp_path):

@@ -25,11 +25,19 @@ from calib_nb.data.preprocess import preset
 from calib_nb.faces.align import align
 from calib_nb.faces.detect import detect_opencv
 from calib_nb.faces.edgeface import VARIANTS, edgeface, export_onnx, flops_table, load_checkpoint, read_checkpoint
-from calib_nb.faces.edgenext import SIZES, CrossCovarianceAttention, LoRaLin, SplitTransposeBlock, edgenext, fourier_positions, low_rank
+from calib_nb.faces.edgenext import (
+    SIZES,
+    CrossCovarianceAttention,
+    LoRaLin,
+    SplitTransposeBlock,
+    edgenext,
+    fourier_positions,
+    low_rank,
+)
 from calib_nb.faces.verification import VerificationTask, cosine_pairs, read_pairs
-from calib_nb.npu.contract import open_session, read_contract
-from calib_nb.quant.graph import macs, simplify
-from calib_nb.quant.nodes import load_graph
+from calib_nb.graph.contract import open_session, read_contract
+from calib_nb.graph.model import load_graph
+from calib_nb.graph.simplify import macs, simplify
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZED = {"edgeface_xxs": "edgeface_xxs_q", "edgeface_xs": "edgeface_xs_q"}
@@ -50,7 +58,10 @@ def awake(module, seed=0):
     with torch.no_grad():
         for name, p in module.named_parameters():
             spread = 1 / math.sqrt(max(1, p[0].numel())) if p.ndim > 1 else 0.3
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + (1 if "norm" in name and name.endswith("weight") else 0))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * spread
+                + (1 if "norm" in name and name.endswith("weight") else 0)
+            )
     return module.eval()
 
 
@@ -73,16 +84,34 @@ def convolution_biases(variant):
     return sum(values)
 
 
-@pytest.mark.parametrize(("variant", "mparams", "mflops"), [("edgeface_xxs", 1.24, 94.72), ("edgeface_xs_gamma_06", 1.77, 154.00), ("edgeface_s_gamma_05", 3.65, 306.12), ("edgeface_base", 18.23, 1398.83)])
+@pytest.mark.parametrize(
+    ("variant", "mparams", "mflops"),
+    [
+        ("edgeface_xxs", 1.24, 94.72),
+        ("edgeface_xs_gamma_06", 1.77, 154.00),
+        ("edgeface_s_gamma_05", 3.65, 306.12),
+        ("edgeface_base", 18.23, 1398.83),
+    ],
+)
 def test_parameters_and_operations_are_the_published_ones(variant, mparams, mflops):
     row = flops_table([variant]).iloc[0]
     assert (row.published_mparams, row.published_mflops) == (mparams, mflops)
     assert abs(row.mparams - mparams) <= 0.005 + 1e-9  # to the digits that are published
     assert row.mflops == 2 * row.mmacs and abs(row.mflops / mflops - 1) < 0.002
-    assert abs((row.mflops + convolution_biases(variant) / 1e6) / mflops - 1) < 5e-5  # with what the authors count besides
+    assert (
+        abs((row.mflops + convolution_biases(variant) / 1e6) / mflops - 1) < 5e-5
+    )  # with what the authors count besides
 
 
-@pytest.mark.parametrize("variant", ["edgeface_xxs", "edgeface_xs_gamma_06", pytest.param("edgeface_s_gamma_05", marks=pytest.mark.slow), pytest.param("edgeface_base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "edgeface_xxs",
+        "edgeface_xs_gamma_06",
+        pytest.param("edgeface_s_gamma_05", marks=pytest.mark.slow),
+        pytest.param("edgeface_base", marks=pytest.mark.slow),
+    ],
+)
 def test_the_exported_graph_has_as_many_multiply_accumulates(variant, tmp_path):
     graph = simplify(load_graph(export_onnx(edgeface(variant), tmp_path / "m.onnx")))
     positions = SIZES[VARIANTS[variant].size].channels[1] * 64 * 14 * 14  # their projection is a constant there
@@ -113,7 +142,9 @@ def test_positions_are_sines_and_cosines_of_row_and_column(height, width):
     row, column, k = height - 1, width // 2, 7  # the eighth pair
     for channel, (at, length) in ((0, (row, height)), (32, (column, width))):
         angle = 2 * math.pi * (at + 1) / (length + 1e-6) / 10000 ** (2 * k / 32)
-        assert np.allclose(found[0, channel + 2 * k : channel + 2 * k + 2, row, column], [math.sin(angle), math.cos(angle)], atol=1e-6)
+        assert np.allclose(
+            found[0, channel + 2 * k : channel + 2 * k + 2, row, column], [math.sin(angle), math.cos(angle)], atol=1e-6
+        )
 
 
 @settings(max_examples=15, deadline=None)
@@ -127,7 +158,9 @@ def test_attention_is_its_definition_in_numpy(shape, pixels, seed):
     mixed, own = np.empty((channels, pixels)), channels // heads
     for h in range(heads):
         s = slice(h * own, (h + 1) * own)
-        cosine = (q[s] / np.linalg.norm(q[s], axis=1, keepdims=True)) @ (k[s] / np.linalg.norm(k[s], axis=1, keepdims=True)).T
+        cosine = (q[s] / np.linalg.norm(q[s], axis=1, keepdims=True)) @ (
+            k[s] / np.linalg.norm(k[s], axis=1, keepdims=True)
+        ).T
         weights = np.exp(cosine * values["temperature"][h])
         mixed[s] = weights / weights.sum(1, keepdims=True) @ v[s]
     wanted = mixed.T @ values["proj.weight"].T + values["proj.bias"]
@@ -151,7 +184,10 @@ def test_the_parts_of_a_split_are_convolved_in_a_chain():
 def test_low_rank_layers_have_the_rank_of_the_paper(inputs, outputs, gamma, bias):
     layer = low_rank(nn.ModuleDict({"fc": nn.Linear(inputs, outputs, bias=bias)}), gamma)["fc"]
     rank = max(2, int(min(inputs, outputs) * gamma))
-    assert isinstance(layer, LoRaLin) and sum(p.numel() for p in layer.parameters()) == rank * (inputs + outputs) + outputs * bias
+    assert (
+        isinstance(layer, LoRaLin)
+        and sum(p.numel() for p in layer.parameters()) == rank * (inputs + outputs) + outputs * bias
+    )
     assert layer(torch.zeros(3, 2, inputs)).shape == (3, 2, outputs)
 
 
@@ -181,17 +217,32 @@ def test_a_training_step_reaches_every_weight_and_lowers_the_loss():
 # ---------------------------------------------------------------- ONNX
 
 
-@pytest.mark.parametrize("variant", ["edgeface_xxs", "edgeface_xs", "edgeface_xs_gamma_06", "edgeface_s_gamma_05", pytest.param("edgeface_base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "edgeface_xxs",
+        "edgeface_xs",
+        "edgeface_xs_gamma_06",
+        "edgeface_s_gamma_05",
+        pytest.param("edgeface_base", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_computes_what_torch_does(variant, tmp_path):
     module = awake(edgeface(variant))
-    fixed, dynamic = export_onnx(module, tmp_path / "fixed.onnx"), export_onnx(module, tmp_path / "a" / "dynamic.onnx", dynamic_batch=True)
+    fixed, dynamic = (
+        export_onnx(module, tmp_path / "fixed.onnx"),
+        export_onnx(module, tmp_path / "a" / "dynamic.onnx", dynamic_batch=True),
+    )
     x = crops(4)
     with torch.no_grad():
         wanted = module(x).numpy()
     assert wanted.std() > 0.1
     assert np.abs(open_session(dynamic).run(None, {"input": x.numpy()})[0] - wanted).max() < 1e-4
     assert np.abs(open_session(fixed).run(None, {"input": x[:1].numpy()})[0] - wanted[:1]).max() < 1e-4
-    assert read_contract(fixed).inputs[0].shape == (1, 3, 112, 112) and read_contract(dynamic).outputs[0].shape == ("batch", 512)
+    assert read_contract(fixed).inputs[0].shape == (1, 3, 112, 112) and read_contract(dynamic).outputs[0].shape == (
+        "batch",
+        512,
+    )
     assert not {n.op_type for n in load_graph(fixed).nodes} & {"Shape", "Range", "Loop", "If"}
     assert not list(tmp_path.glob(".*"))
 
@@ -215,16 +266,29 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     for variant in ("edgeface_xxs", "edgeface_xs_gamma_06", "edgeface_s_gamma_05"):
         torch.save(awake(edgeface(variant)).state_dict(), folder / f"{variant}.pt")
-    torch.save(awake(edgeface("edgeface_xxs")).state_dict(), folder / "old_format.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        awake(edgeface("edgeface_xxs")).state_dict(), folder / "old_format.pt", _use_new_zipfile_serialization=False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for per, config in (("tensor", torch.ao.quantization.default_dynamic_qconfig), ("channel", torch.ao.quantization.per_channel_dynamic_qconfig)):
+        for per, config in (
+            ("tensor", torch.ao.quantization.default_dynamic_qconfig),
+            ("channel", torch.ao.quantization.per_channel_dynamic_qconfig),
+        ):
             packed = torch.ao.quantization.quantize_dynamic(awake(edgeface("edgeface_xxs")), {nn.Linear: config})
             torch.save(packed.state_dict(), folder / f"per_{per}.pt")
     return folder
 
 
-@pytest.mark.parametrize(("file", "variant"), [("edgeface_xxs.pt", "edgeface_xxs"), ("old_format.pt", "xxs"), ("edgeface_xs_gamma_06.pt", "xs_gamma_06"), ("edgeface_s_gamma_05.pt", None)])
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("edgeface_xxs.pt", "edgeface_xxs"),
+        ("old_format.pt", "xxs"),
+        ("edgeface_xs_gamma_06.pt", "xs_gamma_06"),
+        ("edgeface_s_gamma_05.pt", None),
+    ],
+)
 def test_float_checkpoints_come_back_bit_for_bit(saved, file, variant):
     module = load_checkpoint(saved / file, variant)
     wanted = torch.load(saved / file, weights_only=True)
@@ -237,16 +301,34 @@ def test_packed_layers_come_out_as_the_nearest_steps(saved, per):
     found, plain = load_checkpoint(saved / f"per_{per}.pt", "xxs").state_dict(), awake(edgeface("xxs")).state_dict()
     for key, value in found.items():
         linear = any(part in key for part in (".fc", ".qkv.", ".proj.")) and key.endswith("weight")
-        span = plain[key].abs().amax() if per == "tensor" else plain[key].flatten(1).abs().amax(1, keepdim=True) if linear else 0
-        assert (value - plain[key]).abs().max() <= 0 if not linear else ((value - plain[key]).abs() <= 1.01 * span / 127).all()
+        span = (
+            plain[key].abs().amax()
+            if per == "tensor"
+            else plain[key].flatten(1).abs().amax(1, keepdim=True)
+            if linear
+            else 0
+        )
+        assert (
+            (value - plain[key]).abs().max() <= 0
+            if not linear
+            else ((value - plain[key]).abs() <= 1.01 * span / 127).all()
+        )
 
 
 @pytest.mark.parametrize(
     ("file", "variant", "said"),
     [
-        ("edgeface_xxs.pt", "xs", r"its 'model.stem.0.weight' is \[24, 3, 4, 4\] and not \[32, 3, 4, 4\].*it fits edgeface_xxs"),
+        (
+            "edgeface_xxs.pt",
+            "xs",
+            r"its 'model.stem.0.weight' is \[24, 3, 4, 4\] and not \[32, 3, 4, 4\].*it fits edgeface_xxs",
+        ),
         ("per_tensor.pt", "base", "it fits edgeface_xxs"),
-        ("edgeface_xs_gamma_06.pt", "edgeface_xs", "it has no 'model.stages.0.blocks.0.mlp.fc1.weight'.*it fits edgeface_xs_gamma_06"),
+        (
+            "edgeface_xs_gamma_06.pt",
+            "edgeface_xs",
+            "it has no 'model.stages.0.blocks.0.mlp.fc1.weight'.*it fits edgeface_xs_gamma_06",
+        ),
         ("edgeface_s_gamma_05.pt", "s", "unknown variant of EdgeFace 'edgeface_s'.*did you mean"),
         ("nowhere.pt", "xxs", "no such checkpoint"),
         (".", "xxs", "no such checkpoint"),
@@ -276,7 +358,12 @@ def small_checkpoint():
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save(torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), {nn.Linear}).state_dict(), file)
+        torch.save(
+            torch.ao.quantization.quantize_dynamic(
+                nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), {nn.Linear}
+            ).state_dict(),
+            file,
+        )
     return file.getvalue()
 
 
@@ -284,7 +371,12 @@ SMALL = small_checkpoint()
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(st.integers(0, len(SMALL)), st.lists(st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=6)))
+@given(
+    st.one_of(
+        st.integers(0, len(SMALL)),
+        st.lists(st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=6),
+    )
+)
 def test_damage_anywhere_is_refused_or_harmless(tmp_path_factory, damage):
     data = bytearray(SMALL)
     if isinstance(damage, int):
@@ -361,13 +453,21 @@ def test_torch_is_imported_only_by_what_needs_it():
 
 
 def test_torch_hub_offers_every_variant(saved):
-    entries = {name: found for name, found in runpy.run_path(str(ROOT / "hubconf.py")).items() if callable(found) and not name.startswith("_")}
+    entries = {
+        name: found
+        for name, found in runpy.run_path(str(ROOT / "hubconf.py")).items()
+        if callable(found) and not name.startswith("_")
+    }
     assert sorted(entries) == sorted(VARIANTS) and all("[N,3,112,112]" in entry.__doc__ for entry in entries.values())
     loaded = torch.hub.load(str(ROOT), "edgeface_xxs", source="local", checkpoint=str(saved / "edgeface_xxs.pt"))
     fresh = torch.hub.load(str(ROOT), "edgeface_xs_gamma_06", source="local")
     x = crops(1)
     with torch.no_grad():
-        assert torch.equal(loaded(x), load_checkpoint(saved / "edgeface_xxs.pt")(x)) and fresh(x).shape == (1, 512) and not fresh.training
+        assert (
+            torch.equal(loaded(x), load_checkpoint(saved / "edgeface_xxs.pt")(x))
+            and fresh(x).shape == (1, 512)
+            and not fresh.training
+        )
     with pytest.raises(ModelError, match="it fits edgeface_xxs"):
         torch.hub.load(str(ROOT), "edgeface_base", source="local", checkpoint=str(saved / "edgeface_xxs.pt"))
 
@@ -379,9 +479,19 @@ def test_the_command_exports_and_refuses(saved, tmp_path, capsys):
     assert "1,244,744 parameters" in capsys.readouterr().out
     x = crops(1)
     with torch.no_grad():
-        assert np.abs(open_session(output).run(None, {"input": x.numpy()})[0] - load_checkpoint(saved / "per_tensor.pt")(x).numpy()).max() < 1e-4
+        assert (
+            np.abs(
+                open_session(output).run(None, {"input": x.numpy()})[0]
+                - load_checkpoint(saved / "per_tensor.pt")(x).numpy()
+            ).max()
+            < 1e-4
+        )
     before = (saved / "per_tensor.pt").read_bytes()
-    for wrong in ([*line, "--variant", "base", "--output", str(tmp_path / "no.onnx")], [*line, "--output", str(saved / "per_tensor.pt")], ["faces", "export", "--checkpoint", "nowhere.pt", "--output", str(tmp_path / "no.onnx")]):
+    for wrong in (
+        [*line, "--variant", "base", "--output", str(tmp_path / "no.onnx")],
+        [*line, "--output", str(saved / "per_tensor.pt")],
+        ["faces", "export", "--checkpoint", "nowhere.pt", "--output", str(tmp_path / "no.onnx")],
+    ):
         assert main(wrong) == 2
         said = capsys.readouterr()
         assert said.err.startswith("calib-nb: ") and said.err.count("\n") == 1 and not said.out
@@ -396,10 +506,20 @@ def test_the_authors_checkpoints_have_our_keys_and_shapes(real_data, variant):
     raw = torch.load(real_data / "models" / f"{QUANTIZED[variant]}.pt", map_location="cpu", weights_only=True)
     module = edgeface(variant)
     linear = {name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    assert {key.removesuffix("._packed_params._packed_params") for key in raw if key.endswith("._packed_params._packed_params")} == linear
-    plain = {key: tuple(value.shape) for key, value in raw.items() if key.rpartition(".")[0].removesuffix("._packed_params") not in linear}
+    assert {
+        key.removesuffix("._packed_params._packed_params")
+        for key in raw
+        if key.endswith("._packed_params._packed_params")
+    } == linear
+    plain = {
+        key: tuple(value.shape)
+        for key, value in raw.items()
+        if key.rpartition(".")[0].removesuffix("._packed_params") not in linear
+    }
     ours = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    assert list(plain) == [key for key in ours if key.rpartition(".")[0] not in linear] and plain.items() <= ours.items()
+    assert (
+        list(plain) == [key for key in ours if key.rpartition(".")[0] not in linear] and plain.items() <= ours.items()
+    )
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
@@ -408,9 +528,13 @@ def test_the_authors_checkpoints_compute_what_their_onnx_files_do(real_data, var
     x = crops(8)
     with torch.no_grad():
         found = module(x).numpy()
-    wanted = open_session(real_data / "models" / f"{QUANTIZED[variant]}_dequant.onnx").run(None, {"input": x.numpy()})[0]
+    wanted = open_session(real_data / "models" / f"{QUANTIZED[variant]}_dequant.onnx").run(None, {"input": x.numpy()})[
+        0
+    ]
     assert wanted.std() > 0.05 and np.abs(found - wanted).max() < 1e-4
-    exported = open_session(export_onnx(module, tmp_path / "m.onnx", dynamic_batch=True)).run(None, {"input": x.numpy()})[0]
+    exported = open_session(export_onnx(module, tmp_path / "m.onnx", dynamic_batch=True)).run(
+        None, {"input": x.numpy()}
+    )[0]
     assert np.abs(exported - wanted).max() < 1e-4
     other = next(v for v in QUANTIZED if v != variant)
     with pytest.raises(ModelError, match=f"it fits {variant}$"):
@@ -424,11 +548,21 @@ def embed_lfw(real_data, rows):
     photos = sorted(set(table["first"]) | set(table["second"]))
     files = [real_data / "lfw" / "images" / photo for photo in photos]
     faces = detect_opencv(real_data / "models" / "face_detection_yunet_2023mar.onnx", files, progress=False)
-    aligned = {photo: align(decode(file), found.landmarks[np.argmin(np.linalg.norm((found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - 125, axis=1))]) for photo, file, found in zip(photos, files, faces) if len(found)}
+    aligned = {
+        photo: align(
+            decode(file),
+            found.landmarks[np.argmin(np.linalg.norm((found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - 125, axis=1))],
+        )
+        for photo, file, found in zip(photos, files, faces)
+        if len(found)
+    }
     task, chain = VerificationTask(aligned, table), preset("edgeface")
     x = np.concatenate([chain(crop) for crop in task.samples])
     for variant, file in QUANTIZED.items():
-        module, session = load_checkpoint(real_data / "models" / f"{file}.pt"), open_session(real_data / "models" / f"{file}_dequant.onnx")
+        module, session = (
+            load_checkpoint(real_data / "models" / f"{file}.pt"),
+            open_session(real_data / "models" / f"{file}_dequant.onnx"),
+        )
         with torch.no_grad():
             ours = np.concatenate([module(torch.from_numpy(x[k : k + 64])).numpy() for k in range(0, len(x), 64)])
         theirs = np.concatenate([session.run(None, {"input": x[k : k + 64]})[0] for k in range(0, len(x), 64)])
@@ -441,7 +575,9 @@ def check_lfw(real_data, rows):
         assert np.abs(ours - theirs).max() < 1e-4 and task.left_out <= 0.02 * len(task.pairs)
         a, b = (cosine_pairs(dict(zip(task.photos, embeddings)), task.pairs) for embeddings in (ours, theirs))
         assert np.abs(a - b).max() < 1e-5
-        found, wanted = (task.metrics(task.units([{"e": e} for e in own], [{"e": e} for e in theirs])) for own in (ours, theirs))
+        found, wanted = (
+            task.metrics(task.units([{"e": e} for e in own], [{"e": e} for e in theirs])) for own in (ours, theirs)
+        )
         assert found["accuracy"] == wanted["accuracy"] and abs(found["auc"] - wanted["auc"]) < 1e-6
         accuracies[variant] = found["accuracy"]
     return accuracies

@@ -14,7 +14,17 @@ from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.images import decode
 from calib_nb.faces.align import ARCFACE_TEMPLATE, align, umeyama
 from calib_nb.faces.boxes import DetectionTask, landmark_drift, match_boxes, precision_recall, read_boxes
-from calib_nb.faces.detect import Faces, YuNetDetector, box_iou, decode_yunet, detect_opencv, encode_yunet, letterbox, letterbox_scale, suppress
+from calib_nb.faces.detect import (
+    Faces,
+    YuNetDetector,
+    box_iou,
+    decode_yunet,
+    detect_opencv,
+    encode_yunet,
+    letterbox,
+    letterbox_scale,
+    suppress,
+)
 from calib_nb.faces.verification import (
     Pairs,
     VerificationTask,
@@ -38,7 +48,17 @@ def scenes(draw):
     """Boxes in separate 80 px tiles of a 320 x 240 input, with landmarks inside."""
     tiles = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=0, max_size=6, unique=True))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    boxes = np.array([[80 * c + rng.uniform(4, 20), 80 * r + rng.uniform(4, 20), 80 * c + rng.uniform(40, 76), 80 * r + rng.uniform(40, 76)] for c, r in tiles]).reshape(-1, 4)
+    boxes = np.array(
+        [
+            [
+                80 * c + rng.uniform(4, 20),
+                80 * r + rng.uniform(4, 20),
+                80 * c + rng.uniform(40, 76),
+                80 * r + rng.uniform(40, 76),
+            ]
+            for c, r in tiles
+        ]
+    ).reshape(-1, 4)
     points = boxes[:, None, :2] + rng.uniform(0, 1, (len(boxes), 5, 2)) * (boxes[:, None, 2:] - boxes[:, None, :2])
     return boxes, points
 
@@ -50,7 +70,9 @@ def test_decode_undoes_encode(scene):
     faces = decode_yunet(encode_yunet(boxes, points, (320, 256)), input_size=(320, 256))
     assert len(faces) == len(boxes)
     order, wanted = np.lexsort(faces.boxes[:, :2].T), np.lexsort(boxes[:, :2].T)
-    assert np.allclose(faces.boxes[order], boxes[wanted], atol=1e-3) and np.allclose(faces.landmarks[order], points[wanted], atol=1e-3)
+    assert np.allclose(faces.boxes[order], boxes[wanted], atol=1e-3) and np.allclose(
+        faces.landmarks[order], points[wanted], atol=1e-3
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,7 +129,12 @@ def test_our_yunet_is_opencvs_on_photos(real_data):
         assert len(ours) == len(theirs)
         order = match_boxes(ours.boxes, np.hstack([theirs[:, :2], theirs[:, :2] + theirs[:, 2:4]]), 0.9)
         assert len(order) == len(ours)
-        assert np.abs(ours.boxes[order[:, 0]] - np.hstack([theirs[:, :2], theirs[:, :2] + theirs[:, 2:4]])[order[:, 1]]).max(initial=0) < 0.5
+        assert (
+            np.abs(
+                ours.boxes[order[:, 0]] - np.hstack([theirs[:, :2], theirs[:, :2] + theirs[:, 2:4]])[order[:, 1]]
+            ).max(initial=0)
+            < 0.5
+        )
         assert np.abs(ours.landmarks[order[:, 0]] - theirs[order[:, 1], 4:14].reshape(-1, 5, 2)).max(initial=0) < 0.5
         assert np.abs(ours.scores[order[:, 0]] - theirs[order[:, 1], 14]).max(initial=0) < 1e-3
         faces += len(ours)
@@ -188,11 +215,19 @@ def test_detection_task_counts_what_float_and_int8_found(tmp_path):
     box, points = np.array([[10, 10, 50, 50.0], [60, 60, 100, 100.0]]), np.zeros((2, 5, 2))
     truth = pd.DataFrame([["a.png", *b] for b in box * 2], columns=["path", "x1", "y1", "x2", "y2"])
     task = DetectionTask(tmp_path, truth.assign(path="a.png"), input_size=(64, 64))
-    assert task.load(task.samples[0]).shape == (1, 3, 64, 64) and task.load(task.samples[0]).dtype == np.float32 and task.scales == [0.5]
-    task = DetectionTask(tmp_path, pd.DataFrame([["a.png", *b] for b in box], columns=truth.columns), input_size=(128, 128))
+    assert (
+        task.load(task.samples[0]).shape == (1, 3, 64, 64)
+        and task.load(task.samples[0]).dtype == np.float32
+        and task.scales == [0.5]
+    )
+    task = DetectionTask(
+        tmp_path, pd.DataFrame([["a.png", *b] for b in box], columns=truth.columns), input_size=(128, 128)
+    )
     both, one = encode_yunet(box, points, (128, 128)), encode_yunet(box[:1], points[:1] + 3, (128, 128))
     units = task.units([one], [both])
-    assert units[["hits", "false_alarms", "misses"]].iloc[0].tolist() == [1, 0, 1] and np.isclose(units.landmark_px[0], np.hypot(3, 3))
+    assert units[["hits", "false_alarms", "misses"]].iloc[0].tolist() == [1, 0, 1] and np.isclose(
+        units.landmark_px[0], np.hypot(3, 3)
+    )
     assert task.metrics(units)["f1"] == pytest.approx(2 / 3)
 
 
@@ -203,7 +238,12 @@ def test_detection_task_counts_what_float_and_int8_found(tmp_path):
 @given(st.integers(2, 8), st.integers(0, 2**32 - 1))
 def test_umeyama_finds_an_exact_similarity(n, seed):
     rng = np.random.default_rng(seed)
-    source, angle, scale, shift = rng.normal(size=(n, 2)), rng.uniform(-np.pi, np.pi), rng.uniform(0.1, 10), rng.normal(size=2) * 50
+    source, angle, scale, shift = (
+        rng.normal(size=(n, 2)),
+        rng.uniform(-np.pi, np.pi),
+        rng.uniform(0.1, 10),
+        rng.normal(size=2) * 50,
+    )
     linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     assert np.allclose(umeyama(source, source @ linear.T + shift), np.column_stack([linear, shift]), atol=1e-6)
 
@@ -214,10 +254,17 @@ def test_umeyama_is_the_least_squares_solution(seed):
     rng = np.random.default_rng(seed)
     source = rng.normal(size=(5, 2))
     target = source @ rng.normal(size=(2, 2)) + rng.normal(size=(5, 2)) * 0.3
-    rows = np.vstack([np.column_stack([source[:, 0], -source[:, 1], np.ones(5), np.zeros(5)]), np.column_stack([source[:, 1], source[:, 0], np.zeros(5), np.ones(5)])])
+    rows = np.vstack(
+        [
+            np.column_stack([source[:, 0], -source[:, 1], np.ones(5), np.zeros(5)]),
+            np.column_stack([source[:, 1], source[:, 0], np.zeros(5), np.ones(5)]),
+        ]
+    )
     (a, b, x, y), *_ = np.linalg.lstsq(rows, target.T.ravel(), rcond=None)
     ours = umeyama(source, target)
-    assert np.allclose(ours, [[a, -b, x], [b, a, y]], atol=1e-8)  # rotations with scale are a linear space in 2-D, so both are the optimum
+    assert np.allclose(
+        ours, [[a, -b, x], [b, a, y]], atol=1e-8
+    )  # rotations with scale are a linear space in 2-D, so both are the optimum
     assert np.linalg.det(ours[:, :2]) >= 0
 
 
@@ -228,9 +275,14 @@ def test_umeyama_is_scikit_images_similarity_transform(seed, n, mirrored):
     from skimage.transform import SimilarityTransform
 
     rng = np.random.default_rng(seed)
-    cases = [(rng.uniform(0, 250, (5, 2)), ARCFACE_TEMPLATE), (source := rng.normal(size=(n, 2)) * 40, source * (-1 if mirrored else 1, 1) + rng.normal(size=(n, 2)) * 5)]
+    cases = [
+        (rng.uniform(0, 250, (5, 2)), ARCFACE_TEMPLATE),
+        (source := rng.normal(size=(n, 2)) * 40, source * (-1 if mirrored else 1, 1) + rng.normal(size=(n, 2)) * 5),
+    ]
     for source, target in cases:
-        assert np.allclose(umeyama(source, target), SimilarityTransform.from_estimate(source, target).params[:2], rtol=0, atol=1e-6)
+        assert np.allclose(
+            umeyama(source, target), SimilarityTransform.from_estimate(source, target).params[:2], rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("points", [np.ones((5, 2)), np.full((5, 2), np.nan), np.ones((1, 2)), np.zeros((5, 3))])
@@ -255,7 +307,9 @@ def test_alignment_puts_points_on_the_template():
 
 # ---------------------------------------------------------------- verification
 
-scores = st.lists(st.tuples(st.integers(-20, 20).map(lambda v: v / 20), st.booleans()), min_size=4, max_size=80).filter(lambda rows: {y for _, y in rows} == {True, False})
+scores = st.lists(st.tuples(st.integers(-20, 20).map(lambda v: v / 20), st.booleans()), min_size=4, max_size=80).filter(
+    lambda rows: {y for _, y in rows} == {True, False}
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -267,11 +321,19 @@ def test_metrics_agree_with_scikit_learn_and_brute_force(rows):
     assert np.allclose(roc(s, y), (far, tar))
     thresholds = [*np.unique(s), 2]
     best, threshold = accuracy_best_threshold(s, y)
-    assert best == pytest.approx(max(((s >= t) == y).mean() for t in thresholds)) and ((s >= threshold) == y).mean() == pytest.approx(best)
+    assert best == pytest.approx(max(((s >= t) == y).mean() for t in thresholds)) and (
+        (s >= threshold) == y
+    ).mean() == pytest.approx(best)
     for limit in (0, 0.1, 0.5):
-        assert tar_at_far(s, y, limit) == pytest.approx(max((s[y] >= t).mean() for t in thresholds if (s[~y] >= t).mean() <= limit))
+        assert tar_at_far(s, y, limit) == pytest.approx(
+            max((s[y] >= t).mean() for t in thresholds if (s[~y] >= t).mean() <= limit)
+        )
     rate = eer(s, y)
-    at = np.interp(rate, far[np.r_[True, np.diff(far) > 0]], tar[np.r_[True, np.diff(far) > 0]]) if len(set(far)) > 1 else 0
+    at = (
+        np.interp(rate, far[np.r_[True, np.diff(far) > 0]], tar[np.r_[True, np.diff(far) > 0]])
+        if len(set(far)) > 1
+        else 0
+    )
     assert 0 <= rate <= 1 and (at <= 1 - rate + 1e-9 or rate == 0)
 
 
@@ -328,7 +390,11 @@ def test_what_is_missing_or_malformed_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read_pairs(tmp_path / "short.txt", images)
     assert "promises 2 pairs" in caplog.text
-    for text, message in (("", "begins with"), ("hello\n", "begins with"), ("1\nX 1 2\nX 1 Y 2\n", "no pair has both photos")):
+    for text, message in (
+        ("", "begins with"),
+        ("hello\n", "begins with"),
+        ("1\nX 1 2\nX 1 Y 2\n", "no pair has both photos"),
+    ):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(InputError, match=message):
             read_pairs(tmp_path / "bad.txt", images)
@@ -349,7 +415,10 @@ def test_held_out_people_are_in_no_scored_pair(tmp_path_factory, seed, wanted):
     people = {f"P{i}": int(rng.integers(1, 4)) for i in range(12)}
     images, names, rows = lfw_folder(folder / "i", people), [f"P{i}" for i in range(12)], []
     rows += [(f"{n}/{n}_0001.jpg", f"{n}/{n}_0002.jpg", True, 0) for n in names if people[n] > 1]
-    rows += [(f"{a}/{a}_0001.jpg", f"{b}/{b}_0001.jpg", False, 0) for a, b in (rng.choice(names, 2, replace=False) for _ in range(10))]
+    rows += [
+        (f"{a}/{a}_0001.jpg", f"{b}/{b}_0001.jpg", False, 0)
+        for a, b in (rng.choice(names, 2, replace=False) for _ in range(10))
+    ]
     pairs = Pairs(pd.DataFrame(rows, columns=["first", "second", "same", "fold"]), images)
     try:
         kept, pool = hold_out(pairs, wanted, seed)
@@ -361,7 +430,9 @@ def test_held_out_people_are_in_no_scored_pair(tmp_path_factory, seed, wanted):
 
 
 def test_hold_out_takes_the_unnamed_first_and_gives_up_few_pairs(tmp_path):
-    images = lfw_folder(tmp_path / "i", {"Free": 5, **{f"M{i}": 2 for i in range(6)}, **{f"X{i}": 1 for i in range(12)}})
+    images = lfw_folder(
+        tmp_path / "i", {"Free": 5, **{f"M{i}": 2 for i in range(6)}, **{f"X{i}": 1 for i in range(12)}}
+    )
     rows = [(f"M{i}/M{i}_0001.jpg", f"M{i}/M{i}_0002.jpg", True, 0) for i in range(6)]
     rows += [(f"X{2 * i}/X{2 * i}_0001.jpg", f"X{2 * i + 1}/X{2 * i + 1}_0001.jpg", False, 0) for i in range(6)]
     pairs = Pairs(pd.DataFrame(rows, columns=["first", "second", "same", "fold"]), images)
@@ -380,13 +451,17 @@ def test_lfw_devtest_holds_out_a_hundred_photos_for_few_pairs(real_data):
 
 def test_the_task_scores_pairs_and_keeps_floats_threshold():
     crops = {name: np.full((8, 8, 3), i, np.uint8) for i, name in enumerate("abcd")}
-    table = pd.DataFrame({"first": list("abac"), "second": list("bcxd"), "same": [True, False, True, False], "fold": [0, 1, 0, 0]})
+    table = pd.DataFrame(
+        {"first": list("abac"), "second": list("bcxd"), "same": [True, False, True, False], "fold": [0, 1, 0, 0]}
+    )
     task = VerificationTask(crops, table, preprocess=lambda crop: np.float32(crop.transpose(2, 0, 1)[None]))
     assert task.left_out == 1 and task.photos == list("abcd") and len(task.samples) == 4
     good = [{"e": np.array([v])} for v in ([1, 0], [1, 0.1], [0, 1], [1, 0.0])]
     shifted = [{"e": np.array([v])} for v in ([1, 0], [0.2, 1.0], [0.9, 1], [0, 1.0])]
     units = task.units(shifted, good)
-    assert len(units) == 3 and np.allclose(units.reference, cosine_pairs(dict(zip("abcd", (g["e"] for g in good))), task.pairs))
+    assert len(units) == 3 and np.allclose(
+        units.reference, cosine_pairs(dict(zip("abcd", (g["e"] for g in good))), task.pairs)
+    )
     values = task.metrics(units)
     assert set(values) == {"accuracy", "accuracy_kfold", "accuracy_float_threshold", "auc", "eer", "tar_at_far_1e2"}
     assert values["accuracy_float_threshold"] <= values["accuracy"]
@@ -397,13 +472,24 @@ def test_the_task_scores_pairs_and_keeps_floats_threshold():
 
 @pytest.mark.slow
 def test_edgeface_is_as_good_as_published_on_lfw_devtest(real_data):
-    from calib_nb.npu.contract import open_session
+    from calib_nb.graph.contract import open_session
 
     pairs = read_pairs(real_data / "lfw" / "pairsDevTest.txt", real_data / "lfw" / "images")
-    found = detect_opencv(real_data / "models" / "face_detection_yunet_2023mar.onnx", [pairs.images / p for p in pairs.photos], progress=False)
-    crops = {p: align(decode(pairs.images / p), f.central((250, 250)).landmarks[0]) for p, f in zip(pairs.photos, found) if len(f)}
+    found = detect_opencv(
+        real_data / "models" / "face_detection_yunet_2023mar.onnx",
+        [pairs.images / p for p in pairs.photos],
+        progress=False,
+    )
+    crops = {
+        p: align(decode(pairs.images / p), f.central((250, 250)).landmarks[0])
+        for p, f in zip(pairs.photos, found)
+        if len(f)
+    }
     assert len(crops) == 1549
-    task, session = VerificationTask(crops, pairs.table), open_session(real_data / "models" / "edgeface_xxs_q_dequant.onnx")
+    task, session = (
+        VerificationTask(crops, pairs.table),
+        open_session(real_data / "models" / "edgeface_xxs_q_dequant.onnx"),
+    )
     outputs = [{"embedding": session.run(None, {"input": task.load(crop)})[0]} for crop in task.samples]
     values = task.metrics(task.units(outputs, outputs))
     assert values["accuracy"] >= 0.99 and values["accuracy_kfold"] >= 0.988 and values["auc"] > 0.995

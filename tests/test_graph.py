@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
-from calib_nb.npu.contract import fix_batch
-from calib_nb.quant.graph import (
-    Graph,
+from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.model import Graph, attribute, load_graph, open_graph, run
+from calib_nb.graph.simplify import (
     activations,
     aliases,
     fold_constants,
@@ -20,25 +20,27 @@ from calib_nb.quant.graph import (
     get_bias,
     get_weight,
     layers,
-    load_graph,
     macs,
     plain_gemm,
     raise_opset,
-    run,
     set_bias,
     set_weight,
     simplify,
 )
-from calib_nb.quant.nodes import attribute, open_graph
 
 node = helper.make_node
 
 
 def build(nodes, constants, shape, output="y", opset=17):
     """A Graph with input "x" of `shape` and the output `output`, its shapes inferred."""
-    tensors = [numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k) for k, v in constants.items()]
+    tensors = [
+        numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k)
+        for k, v in constants.items()
+    ]
     out = onnx.ValueInfoProto(name=output, type=helper.make_tensor_type_proto(TensorProto.FLOAT, None))
-    graph = helper.make_graph(nodes, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], [out], tensors)
+    graph = helper.make_graph(
+        nodes, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], [out], tensors
+    )
     return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)).infer()
 
 
@@ -53,7 +55,12 @@ def assert_equal_outputs(before, after, relative=1e-5):
 
 
 def bn(rng, c):
-    return {"g": rng.uniform(0.2, 3, c), "b": rng.normal(0, 1, c), "m": rng.normal(0, 1, c), "v": rng.uniform(0.1, 4, c)}
+    return {
+        "g": rng.uniform(0.2, 3, c),
+        "b": rng.normal(0, 1, c),
+        "m": rng.normal(0, 1, c),
+        "v": rng.uniform(0.1, 4, c),
+    }
 
 
 MODELS = ["FastestDet_opset13", "edgeface_xs_q_dequant", "edgeface_xxs_q_dequant", "face_detection_yunet_2023mar", "retinaface_mobilenet0.25_FaceDetector_heads", "rtmonodepth_s_m_640x192", "scrfd_500m_bnkps",
@@ -71,7 +78,14 @@ def test_simplify_keeps_real_models(real_data, tmp_path, name):
     assert plain.opset >= 13 and len(plain.nodes) <= len(graph.nodes)
     assert all(plain.shape(o) is not None for n in plain.nodes for o in n.output if o)
     assert len({n.name for n in plain.nodes}) == len(plain.nodes)
-    assert not {n.op_type for n in plain.nodes} & {"Constant", "Shape", "Identity", "Dropout", "BatchNormalization", "ConstantOfShape"}
+    assert not {n.op_type for n in plain.nodes} & {
+        "Constant",
+        "Shape",
+        "Identity",
+        "Dropout",
+        "BatchNormalization",
+        "ConstantOfShape",
+    }
     assert load_graph(plain.save(tmp_path / "plain.onnx")).outputs == graph.outputs
     found = activations(plain)
     assert len(set(found)) == len(found) and not set(found) & set(aliases(plain))
@@ -88,42 +102,92 @@ def test_aliases_hold_the_same_values(real_data):
     same = aliases(graph)
     values = run(graph, noise(graph), sorted({*same, *same.values()} - set(graph.inputs)))
     for name, source in same.items():
-        assert np.array_equal(np.sort(values[name], axis=None), np.sort(values[source], axis=None)) if source in values else True
+        assert (
+            np.array_equal(np.sort(values[name], axis=None), np.sort(values[source], axis=None))
+            if source in values
+            else True
+        )
 
 
 # --- folding
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(["Conv", "depthwise", "grouped", "ConvTranspose", "grouped ConvTranspose", "Gemm", "Gemm transB", "MatMul"]), st.booleans(), st.integers(0, 1000))
+@given(
+    st.sampled_from(
+        ["Conv", "depthwise", "grouped", "ConvTranspose", "grouped ConvTranspose", "Gemm", "Gemm transB", "MatMul"]
+    ),
+    st.booleans(),
+    st.integers(0, 1000),
+)
 def test_batchnorm_goes_into_any_layer(kind, with_bias, seed):
     rng = np.random.default_rng(seed)
     if kind.startswith(("Gemm", "MatMul")):
         trans = kind.endswith("transB")
         constants = {"w": rng.normal(0, 1, (6, 4) if trans else (4, 6)), "bias": rng.normal(0, 1, 6), **bn(rng, 6)}
         if kind == "MatMul":
-            nodes = [node("MatMul", ["x", "w"], ["p"]), *([node("Add", ["bias", "p"], ["c"])] if with_bias else [node("Identity", ["p"], ["c"])])]
+            nodes = [
+                node("MatMul", ["x", "w"], ["p"]),
+                *([node("Add", ["bias", "p"], ["c"])] if with_bias else [node("Identity", ["p"], ["c"])]),
+            ]
         else:
-            nodes = [node("Gemm", ["x", "w", *(["bias"] if with_bias else [])], ["c"], alpha=0.5, beta=2.0, transB=int(trans))]
+            nodes = [
+                node(
+                    "Gemm", ["x", "w", *(["bias"] if with_bias else [])], ["c"], alpha=0.5, beta=2.0, transB=int(trans)
+                )
+            ]
         shape, expected = [1, 4], ["MatMul", "Add"] if kind == "MatMul" else ["Gemm"]
     else:
-        op, groups = "ConvTranspose" if "Transpose" in kind else "Conv", {"depthwise": 4, "grouped": 2, "grouped ConvTranspose": 2}.get(kind, 1)
+        op, groups = (
+            "ConvTranspose" if "Transpose" in kind else "Conv",
+            {"depthwise": 4, "grouped": 2, "grouped ConvTranspose": 2}.get(kind, 1),
+        )
         out = 4 if kind == "depthwise" else 6
         w = (4, out // groups, 3, 3) if op == "ConvTranspose" else (out, 4 // groups, 3, 3)
         constants = {"w": rng.normal(0, 1, w), "bias": rng.normal(0, 1, out), **bn(rng, out)}
-        nodes, shape, expected = [node(op, ["x", "w", *(["bias"] if with_bias else [])], ["c"], group=groups, pads=[1, 1, 1, 1], strides=[2, 2])], [1, 4, 7, 7], [op]
-    graph = build([*nodes, node("BatchNormalization", ["c", "g", "b", "m", "v"], ["y"], epsilon=1e-3)], constants, shape)
+        nodes, shape, expected = (
+            [
+                node(
+                    op,
+                    ["x", "w", *(["bias"] if with_bias else [])],
+                    ["c"],
+                    group=groups,
+                    pads=[1, 1, 1, 1],
+                    strides=[2, 2],
+                )
+            ],
+            [1, 4, 7, 7],
+            [op],
+        )
+    graph = build(
+        [*nodes, node("BatchNormalization", ["c", "g", "b", "m", "v"], ["y"], epsilon=1e-3)], constants, shape
+    )
     plain = simplify(graph)
     assert [n.op_type for n in plain.nodes] == expected
     assert_equal_outputs(graph, plain)
 
 
-@pytest.mark.parametrize("op, first, folds", [("Mul", False, True), ("Mul", True, True), ("Div", False, True), ("Div", True, False), ("Sub", False, True), ("Sub", True, True), ("Add", True, True)])
+@pytest.mark.parametrize(
+    "op, first, folds",
+    [
+        ("Mul", False, True),
+        ("Mul", True, True),
+        ("Div", False, True),
+        ("Div", True, False),
+        ("Sub", False, True),
+        ("Sub", True, True),
+        ("Add", True, True),
+    ],
+)
 @pytest.mark.parametrize("form", ["scalar", "channel", "pixel"])
 def test_constant_factors_go_into_the_weights(op, first, folds, form):
     rng = np.random.default_rng(0)
     value = rng.uniform(0.5, 2, {"scalar": (), "channel": (6, 1, 1), "pixel": (1, 1, 8, 8)}[form])
-    graph = build([node("Conv", ["x", "w", "b"], ["c"]), node(op, ["k", "c"] if first else ["c", "k"], ["y"])], {"w": rng.normal(0, 1, (6, 3, 1, 1)), "b": rng.normal(0, 1, 6), "k": value}, [1, 3, 8, 8])
+    graph = build(
+        [node("Conv", ["x", "w", "b"], ["c"]), node(op, ["k", "c"] if first else ["c", "k"], ["y"])],
+        {"w": rng.normal(0, 1, (6, 3, 1, 1)), "b": rng.normal(0, 1, 6), "k": value},
+        [1, 3, 8, 8],
+    )
     plain = simplify(graph)
     assert [n.op_type for n in plain.nodes] == (["Conv"] if folds and form != "pixel" else ["Conv", op])
     assert [n.op_type for n in simplify(graph, scales=False).nodes] == ["Conv", op]
@@ -132,14 +196,22 @@ def test_constant_factors_go_into_the_weights(op, first, folds, form):
 
 def test_nothing_is_folded_where_the_result_is_read_twice():
     rng = np.random.default_rng(0)
-    nodes = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), node("Add", ["n", "c"], ["y"])]
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]),
+        node("Add", ["n", "c"], ["y"]),
+    ]
     graph = build(nodes, {"w": rng.normal(0, 1, (6, 3, 1, 1)), **bn(rng, 6)}, [1, 3, 8, 8])
     assert [n.op_type for n in simplify(graph).nodes] == ["Conv", "BatchNormalization", "Add"]
 
 
 def test_shared_weights_part_when_one_layer_changes():
     rng = np.random.default_rng(0)
-    nodes = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), node("Conv", ["n", "w"], ["y"])]
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]),
+        node("Conv", ["n", "w"], ["y"]),
+    ]
     graph = build(nodes, {"w": rng.normal(0, 1, (3, 3, 1, 1)), **bn(rng, 3)}, [1, 3, 8, 8])
     plain = simplify(graph)
     assert len({layer.weight for layer in layers(plain)}) == 2
@@ -148,7 +220,11 @@ def test_shared_weights_part_when_one_layer_changes():
 
 def test_an_output_keeps_its_name_when_its_node_goes():
     rng = np.random.default_rng(0)
-    graph = build([node("Conv", ["x", "w"], ["c"]), node("Relu", ["c"], ["r"]), node("Identity", ["r"], ["y"])], {"w": rng.normal(0, 1, (3, 3, 1, 1))}, [1, 3, 8, 8])
+    graph = build(
+        [node("Conv", ["x", "w"], ["c"]), node("Relu", ["c"], ["r"]), node("Identity", ["r"], ["y"])],
+        {"w": rng.normal(0, 1, (3, 3, 1, 1))},
+        [1, 3, 8, 8],
+    )
     plain = simplify(graph)
     assert plain.outputs == ["y"] and [n.op_type for n in plain.nodes] == ["Conv", "Relu"]
     straight = build([node("Identity", ["x"], ["y"])], {}, [1, 3, 8, 8])
@@ -156,7 +232,11 @@ def test_an_output_keeps_its_name_when_its_node_goes():
 
 
 def test_random_and_constant_outputs_stay():
-    graph = build([node("RandomNormal", [], ["r"], shape=[1, 3, 8, 8], seed=1.0), node("Add", ["x", "r"], ["y"])], {}, [1, 3, 8, 8])
+    graph = build(
+        [node("RandomNormal", [], ["r"], shape=[1, 3, 8, 8], seed=1.0), node("Add", ["x", "r"], ["y"])],
+        {},
+        [1, 3, 8, 8],
+    )
     assert [n.op_type for n in fold_constants(graph).nodes] == ["RandomNormal", "Add"]
     graph = build([node("Mul", ["k", "k"], ["y"])], {"k": np.ones(3)}, [1, 3, 8, 8])
     assert run(fold_constants(graph))["y"].tolist() == [1, 1, 1]
@@ -177,14 +257,26 @@ def torch_patterns():
             self.depth = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU6())
             self.group = nn.Sequential(nn.Conv2d(8, 16, 1, groups=2), nn.SiLU(), nn.Hardswish())
             self.up = nn.ConvTranspose2d(16, 8, 2, 2)
-            self.norm, self.q, self.k, self.v = nn.LayerNorm(24), nn.Linear(24, 24), nn.Linear(24, 24, bias=False), nn.Linear(24, 24)
-            self.mlp, self.gamma = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24)), nn.Parameter(torch.rand(24))
+            self.norm, self.q, self.k, self.v = (
+                nn.LayerNorm(24),
+                nn.Linear(24, 24),
+                nn.Linear(24, 24, bias=False),
+                nn.Linear(24, 24),
+            )
+            self.mlp, self.gamma = (
+                nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24)),
+                nn.Parameter(torch.rand(24)),
+            )
             self.head = nn.Sequential(nn.Linear(24, 10), nn.BatchNorm1d(10))
 
         def forward(self, x):
             x = self.stem(x)
             x = torch.cat([self.depth(x) + x, self.group(x)], 1)
-            x = x + nn.functional.interpolate(nn.functional.avg_pool2d(x, 2), scale_factor=2, mode="nearest") + torch.cat([self.up(nn.functional.max_pool2d(x[:, 8:], 2)), x[:, :16]], 1)
+            x = (
+                x
+                + nn.functional.interpolate(nn.functional.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+                + torch.cat([self.up(nn.functional.max_pool2d(x[:, 8:], 2)), x[:, :16]], 1)
+            )
             t = self.norm(x.flatten(2).transpose(1, 2))
             a = torch.softmax(self.q(t) @ self.k(t).transpose(1, 2) / 24**0.5, -1) @ self.v(t)
             t = t + a
@@ -204,11 +296,24 @@ def torch_patterns():
 def pattern_files(tmp_path_factory):
     import torch
 
-    net, folder, x = torch_patterns(), tmp_path_factory.mktemp("patterns"), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    net, folder, x = (
+        torch_patterns(),
+        tmp_path_factory.mktemp("patterns"),
+        torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for opset in (11, 13, 17, 20):
-            torch.onnx.export(net, (x,), str(folder / f"{opset}.onnx"), input_names=["x"], opset_version=opset, dynamo=False, do_constant_folding=False, training=torch.onnx.TrainingMode.EVAL)
+            torch.onnx.export(
+                net,
+                (x,),
+                str(folder / f"{opset}.onnx"),
+                input_names=["x"],
+                opset_version=opset,
+                dynamo=False,
+                do_constant_folding=False,
+                training=torch.onnx.TrainingMode.EVAL,
+            )
     onnx.save(onnx.version_converter.convert_version(onnx.load(folder / "20.onnx"), 21), folder / "21.onnx")
     return folder, x.numpy(), net(x).detach().numpy()
 
@@ -253,7 +358,11 @@ def test_macs_by_hand():
     graph = build([node("Conv", ["x", "w"], ["c"], group=2, strides=[2, 2]), node("ConvTranspose", ["c", "t"], ["u"], group=2), node("Transpose", ["u"], ["s"], perm=[0, 1, 3, 2]), node("MatMul", ["u", "s"], ["y"])],
                   {"w": np.ones((6, 2, 3, 3)), "t": np.ones((6, 1, 2, 2))}, [1, 4, 9, 9])  # fmt: skip
     table = macs(graph).set_index("op")
-    assert table.macs["Conv"] == 6 * 4 * 4 * 2 * 9 and table.macs["ConvTranspose"] == 6 * 4 * 4 * 1 * 4 and table.macs["MatMul"] == 2 * 5 * 5 * 5
+    assert (
+        table.macs["Conv"] == 6 * 4 * 4 * 2 * 9
+        and table.macs["ConvTranspose"] == 6 * 4 * 4 * 1 * 4
+        and table.macs["MatMul"] == 2 * 5 * 5 * 5
+    )
     assert table.parameters.tolist() == [108, 24, 0, 0]
 
 
@@ -267,13 +376,29 @@ def test_weights_and_bias_per_output_channel(kind, groups, seed):
     rng = np.random.default_rng(seed)
     if kind.startswith("Conv"):
         i, o = 2 * groups, 3 * groups
-        w, shape, attributes = rng.normal(0, 1, (o, 2, 3, 3) if kind == "Conv" else (i, 3, 3, 3)), [1, i, 5, 5], {"group": groups}
+        w, shape, attributes = (
+            rng.normal(0, 1, (o, 2, 3, 3) if kind == "Conv" else (i, 3, 3, 3)),
+            [1, i, 5, 5],
+            {"group": groups},
+        )
     else:
-        o, w, shape, attributes = 6, rng.normal(0, 1, (6, 4) if kind == "GemmB" else (4, 6)), [1, 4], {"transB": 1} if kind == "GemmB" else {}
+        o, w, shape, attributes = (
+            6,
+            rng.normal(0, 1, (6, 4) if kind == "GemmB" else (4, 6)),
+            [1, 4],
+            {"transB": 1} if kind == "GemmB" else {},
+        )
     graph = build([node(kind.replace("GemmB", "Gemm"), ["x", "w"], ["y"], **attributes)], {"w": w}, shape)
     (layer,) = layers(graph)
-    assert get_weight(graph, layer).shape[:2] == (o, 2 if kind.startswith("Conv") else 4) and not get_bias(graph, layer).any()
-    changed, factor, shift = graph.copy(), rng.uniform(0.5, 2, o).astype(np.float32), rng.normal(0, 1, o).astype(np.float32)
+    assert (
+        get_weight(graph, layer).shape[:2] == (o, 2 if kind.startswith("Conv") else 4)
+        and not get_bias(graph, layer).any()
+    )
+    changed, factor, shift = (
+        graph.copy(),
+        rng.uniform(0.5, 2, o).astype(np.float32),
+        rng.normal(0, 1, o).astype(np.float32),
+    )
     (layer,) = layers(changed)
     weight = get_weight(changed, layer)
     set_weight(changed, layer, weight)
@@ -282,12 +407,18 @@ def test_weights_and_bias_per_output_channel(kind, groups, seed):
     layer = set_bias(changed, layer, shift)
     assert np.array_equal(get_bias(changed, layer), shift) and layers(changed)[0] == layer
     x, along = noise(graph), (1, -1) + (1,) * (len(shape) - 2)
-    assert np.allclose(run(changed, x)["y"], run(graph, x)["y"] * factor.reshape(along) + shift.reshape(along), atol=1e-4)
+    assert np.allclose(
+        run(changed, x)["y"], run(graph, x)["y"] * factor.reshape(along) + shift.reshape(along), atol=1e-4
+    )
 
 
 def test_gemm_without_alpha_and_beta():
     rng = np.random.default_rng(0)
-    graph = build([node("Gemm", ["x", "w", "b"], ["y"], alpha=0.3, beta=0.7)], {"w": rng.normal(0, 1, (4, 6)), "b": rng.normal(0, 1, (1, 1))}, [1, 4])
+    graph = build(
+        [node("Gemm", ["x", "w", "b"], ["y"], alpha=0.3, beta=0.7)],
+        {"w": rng.normal(0, 1, (4, 6)), "b": rng.normal(0, 1, (1, 1))},
+        [1, 4],
+    )
     changed = graph.copy()
     plain_gemm(changed)
     assert_equal_outputs(graph, changed)
@@ -295,7 +426,11 @@ def test_gemm_without_alpha_and_beta():
 
 
 def test_fold_scales_tells_how_many():
-    graph = build([node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "k"], ["d"]), node("Add", ["d", "k"], ["y"])], {"w": np.ones((2, 3, 1, 1)), "k": np.float32(3)}, [1, 3, 4, 4])
+    graph = build(
+        [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "k"], ["d"]), node("Add", ["d", "k"], ["y"])],
+        {"w": np.ones((2, 3, 1, 1)), "k": np.float32(3)},
+        [1, 3, 4, 4],
+    )
     assert fold_scales(graph, ("BatchNormalization",)) == 0 and fold_scales(graph) == 2
 
 
@@ -307,7 +442,9 @@ def test_refusals(tmp_path):
     graph = build([node("Conv", ["x", "w"], ["y"])], {"w": rng.normal(0, 1, (2, 3, 1, 1))}, [1, 3, 4, 4])
     quantized = graph.copy()
     quantized.model.graph.node.append(node("QuantizeLinear", ["y", "s", "z"], ["q"]))
-    quantized.model.graph.initializer.extend([numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.uint8(0), "z")])
+    quantized.model.graph.initializer.extend(
+        [numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.uint8(0), "z")]
+    )
     onnx.save(quantized.model, tmp_path / "q.onnx")
     with pytest.raises(ModelError, match="already quantized"):
         load_graph(tmp_path / "q.onnx")

@@ -54,7 +54,11 @@ def reason(function, *args, **options) -> str:
 
 
 def test_real_photos_are_pixel_equal_to_opencv(real_data):
-    paths = [*sorted((real_data / "lfw/images").glob("*/*.jpg"))[::4], *sorted((real_data / "coco").glob("*/*.jpg"))[::3], *sorted((real_data / "faces_multi").glob("*/*.*"))]
+    paths = [
+        *sorted((real_data / "lfw/images").glob("*/*.jpg"))[::4],
+        *sorted((real_data / "coco").glob("*/*.jpg"))[::3],
+        *sorted((real_data / "faces_multi").glob("*/*.*")),
+    ]
     paths = [p for p in paths if p.suffix.lower() in EXTENSIONS]
     assert len(paths) > 450
     for path in paths:
@@ -62,16 +66,36 @@ def test_real_photos_are_pixel_equal_to_opencv(real_data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([".jpg", ".png", ".bmp", ".webp", ".tif"]), st.booleans(), st.integers(0, 10_000))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([".jpg", ".png", ".bmp", ".webp", ".tif"]),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
 def test_any_size_and_format_is_equal_to_opencv(tmp_path_factory, height, width, ending, gray, seed):
-    image = np.random.default_rng(seed).integers(0, 256, (height, width) if gray else (height, width, 3), dtype=np.uint8)
+    image = np.random.default_rng(seed).integers(
+        0, 256, (height, width) if gray else (height, width, 3), dtype=np.uint8
+    )
     path = write(tmp_path_factory.mktemp("i"), "x" + ending, cv2.imencode(ending, image)[1].tobytes())
     assert np.array_equal(decode(path), cv2.imread(str(path), cv2.IMREAD_COLOR))
     info = probe(path)
     assert (info.width, info.height, info.bit_depth) == (width, height, 8)
 
 
-@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"optimize": True}, {"quality": 5}, {"restart_marker_rows": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"optimize": True},
+        {"quality": 5},
+        {"restart_marker_rows": 1},
+    ],
+    ids=str,
+)
 def test_kinds_of_jpeg(tmp_path, options):
     path = write(tmp_path, "a.jpg", pillow_bytes(rgb(), "JPEG", **options))
     assert np.array_equal(decode(path), cv2.imread(str(path)))
@@ -82,9 +106,15 @@ def test_kinds_of_jpeg(tmp_path, options):
 def test_orientation(tmp_path, format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = write(tmp_path, "a." + format.lower(), pillow_bytes(rgb(), format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
+    path = write(
+        tmp_path,
+        "a." + format.lower(),
+        pillow_bytes(rgb(), format, exif=exif, **({"lossless": True} if format == "WEBP" else {})),
+    )
     image, upright = decode(path), np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[..., ::-1]
-    assert np.array_equal(image, cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR))  # imread refuses some rotated TIFF
+    assert np.array_equal(
+        image, cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    )  # imread refuses some rotated TIFF
     assert image.shape == upright.shape and np.abs(image.astype(int) - upright).mean() < 2
     info = probe(path)
     assert (info.orientation, info.height, info.width) == (orientation, *image.shape[:2])
@@ -101,7 +131,11 @@ def test_an_orientation_that_does_not_exist_is_upright(tmp_path, value):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_garbled_exif_does_not_stop_a_photo(tmp_path):
     whole = pillow_bytes(rgb(), "JPEG")
-    for junk in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\x03" * 9):
+    for junk in (
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\x03" * 9,
+    ):
         path = write(tmp_path, "a.jpg", whole[:2] + b"\xff\xe1" + struct.pack(">H", len(junk) + 2) + junk + whole[2:])
         assert np.array_equal(decode(path), cv2.imread(str(path)))
 
@@ -115,14 +149,23 @@ def test_gray_16_bit_alpha_palette(tmp_path):
         cv2.imwrite(str(tmp_path / name), deep)
         assert np.array_equal(decode(tmp_path / name), image) and probe(tmp_path / name).bit_depth == 16
     cv2.imwrite(str(tmp_path / "depth.png"), deep[..., 0])
-    assert np.array_equal(decode(tmp_path / "depth.png")[..., 0], image[..., 0]) and probe(tmp_path / "depth.png") == ImageInfo(90, 60, 1, 16, "PNG", 1)
+    assert np.array_equal(decode(tmp_path / "depth.png")[..., 0], image[..., 0]) and probe(
+        tmp_path / "depth.png"
+    ) == ImageInfo(90, 60, 1, 16, "PNG", 1)
     alpha = np.dstack([image, rng.integers(0, 256, image.shape[:2], dtype=np.uint8)])
     path = write(tmp_path, "alpha.png", cv2.imencode(".png", alpha)[1].tobytes())
     assert np.array_equal(decode(path), image) and probe(path).channels == 4  # dropped, not blended
-    for name, mode, options in (("p.png", "P", {}), ("transparent.png", "P", {"transparency": 3}), ("bit.png", "1", {}), ("la.png", "LA", {})):
+    for name, mode, options in (
+        ("p.png", "P", {}),
+        ("transparent.png", "P", {"transparency": 3}),
+        ("bit.png", "1", {}),
+        ("la.png", "LA", {}),
+    ):
         path = write(tmp_path, name, pillow_bytes(rgb().convert(mode), "PNG", **options))
         assert np.array_equal(decode(path), cv2.imread(str(path))), name
-        assert np.abs(decode(path).astype(int) - np.asarray(Image.open(path).convert("RGB"))[..., ::-1]).mean() < 1, name
+        assert np.abs(decode(path).astype(int) - np.asarray(Image.open(path).convert("RGB"))[..., ::-1]).mean() < 1, (
+            name
+        )
 
 
 def test_cmyk_has_its_colours(tmp_path):
@@ -151,9 +194,15 @@ def test_cut_short_anywhere(tmp_path, format):
         try:
             image = decode(path)
         except ImageError as e:
-            assert e.reason in ("truncated", "unreadable") if format == "TIFF" else e.reason == "truncated", (format, cut, str(e))
+            assert e.reason in ("truncated", "unreadable") if format == "TIFF" else e.reason == "truncated", (
+                format,
+                cut,
+                str(e),
+            )
         else:  # some pad their end: then nothing is missing
-            assert format in ("TIFF", "WEBP", "BMP") and np.array_equal(image, decode(write(tmp_path, "whole.jpg", whole))), (format, cut)
+            assert format in ("TIFF", "WEBP", "BMP") and np.array_equal(
+                image, decode(write(tmp_path, "whole.jpg", whole))
+            ), (format, cut)
 
 
 def test_real_photo_cut_short(real_data, tmp_path):
@@ -190,14 +239,21 @@ def test_bombs_are_refused_from_the_header(tmp_path, monkeypatch):
     assert reason(decode, write(tmp_path, "bomb.jpg", pillow_bytes(flat, "JPEG"))) == "too_large"
     for side in (10_000, 60_000, 2_000_000_000):
         assert reason(decode, write(tmp_path, "forged.png", forged_png(side, side))) == "too_large"
-    assert reason(decode, write(tmp_path, "small.jpg", pillow_bytes(rgb(), "JPEG")), max_megapixels=0.005) == "too_large"
+    assert (
+        reason(decode, write(tmp_path, "small.jpg", pillow_bytes(rgb(), "JPEG")), max_megapixels=0.005) == "too_large"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_in_other_formats(tmp_path):
-    header = struct.pack("<2sIHHI", b"BM", 1000, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 30_000, 30_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    header = struct.pack("<2sIHHI", b"BM", 1000, 0, 0, 54) + struct.pack(
+        "<IiiHHIIiiII", 40, 30_000, 30_000, 1, 24, 0, 0, 0, 0, 0, 0
+    )
     assert reason(decode, write(tmp_path, "a.bmp", header + bytes(900))) == "too_large"
-    assert reason(decode, write(tmp_path, "b.webp", pillow_bytes(Image.new("L", (9_000, 8_000)).convert("RGB"), "WEBP"))) == "too_large"
+    assert (
+        reason(decode, write(tmp_path, "b.webp", pillow_bytes(Image.new("L", (9_000, 8_000)).convert("RGB"), "WEBP")))
+        == "too_large"
+    )
 
 
 def test_a_png_that_claims_more_than_it_holds(tmp_path):
@@ -223,7 +279,9 @@ def test_named_reasons(tmp_path):
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
     assert reason(decode, tmp_path / "dangling.jpg") == "missing"
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert reason(decode, tmp_path / "pipe.jpg") == "unsupported" and reason(probe, tmp_path / "pipe.jpg") == "unsupported"
+    assert (
+        reason(decode, tmp_path / "pipe.jpg") == "unsupported" and reason(probe, tmp_path / "pipe.jpg") == "unsupported"
+    )
     assert reason(decode, "/dev/zero") == "unsupported"
     assert reason(decode, "nul\0byte.jpg") == "unreadable"
     assert reason(decode, "x" * 5000 + ".jpg") == "unreadable"
@@ -245,7 +303,10 @@ def test_damaged_bytes_never_crash(tmp_path_factory, format, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"RIFF\0\0\0\0WEBP"]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"RIFF\0\0\0\0WEBP"]),
+)
 def test_random_bytes_never_crash(tmp_path_factory, content, start):
     path = write(tmp_path_factory.mktemp("r"), "a.jpg", start + content)
     with contextlib.suppress(ImageError):
@@ -261,7 +322,16 @@ def test_find(tmp_path, caplog):
     root = tmp_path / "root"
     for folder in (outside, root / "b" / "deep", root / "A", root / ".git"):
         folder.mkdir(parents=True)
-    for name in ("b/deep/10.PNG", "b/2.jpeg", "A/ü 雪.JPG", ".git/x.png", ".hidden.png", "z.txt", "b/no_ending", "webp.WebP"):
+    for name in (
+        "b/deep/10.PNG",
+        "b/2.jpeg",
+        "A/ü 雪.JPG",
+        ".git/x.png",
+        ".hidden.png",
+        "z.txt",
+        "b/no_ending",
+        "webp.WebP",
+    ):
         write(root, name, data)
     write(outside, "secret.png", data)
     (root / "link_out.png").symlink_to(outside / "secret.png")
@@ -307,7 +377,11 @@ def test_find_says_what_is_there(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12), st.integers(1, 5), st.integers(8, 64))
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.integers(8, 64),
+)
 def test_contact_sheet_letterboxes(sizes, columns, cell):
     images = [np.zeros((h, w, 3), np.uint8) for h, w in sizes]
     sheet = contact_sheet(images, columns=columns, cell=cell)
@@ -319,7 +393,9 @@ def test_contact_sheet_letterboxes(sizes, columns, cell):
 
 
 def test_contact_sheet_captions_and_gray():
-    sheet = contact_sheet([picture(), picture()[..., 0]], columns=2, cell=50, captions=["a very long name of a file.jpg", "ok"])
+    sheet = contact_sheet(
+        [picture(), picture()[..., 0]], columns=2, cell=50, captions=["a very long name of a file.jpg", "ok"]
+    )
     assert sheet.shape == (2 + 50 + 14 + 2, 2 + 2 * 52, 3)
     assert (sheet[52:66, :52] < 200).any() and (sheet[:, 52:54] == 255).all()  # the long caption stays in its own cell
     assert np.array_equal(cv2.imdecode(np.frombuffer(encode_png(sheet), np.uint8), cv2.IMREAD_COLOR), sheet)

@@ -62,7 +62,9 @@ def server():
 
 def offered(server, path) -> ModelFile:
     address = f"http://127.0.0.1:{server.server_port}/{path}"
-    return ModelFile("tiny", "part/tiny.onnx", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "CC0", "nowhere", address, "none")
+    return ModelFile(
+        "tiny", "part/tiny.onnx", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "CC0", "nowhere", address, "none"
+    )
 
 
 def get(server, path, folder, **options):
@@ -74,7 +76,12 @@ def test_a_bad_download_leaves_nothing_and_says_what_to_do(server, tmp_path, tro
     with pytest.raises(ModelError) as caught:
         get(server, trouble, tmp_path)
     text = str(caught.value)
-    assert "\n" not in text and "tiny.onnx" in text and offered(server, "").sha256 in text and str(tmp_path / "part" / "tiny.onnx") in text
+    assert (
+        "\n" not in text
+        and "tiny.onnx" in text
+        and offered(server, "").sha256 in text
+        and str(tmp_path / "part" / "tiny.onnx") in text
+    )
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
@@ -129,7 +136,14 @@ def test_a_killed_download_leaves_no_file_under_the_name(server, tmp_path):
 def test_the_registry_is_sound():
     assert len({m.file for m in MODELS.values()}) == len(MODELS) and all(name == m.name for name, m in MODELS.items())
     for m in MODELS.values():
-        assert len(m.sha256) == 64 and set(m.sha256) <= set("0123456789abcdef") and m.size > 0 and m.licence and m.source and m.input
+        assert (
+            len(m.sha256) == 64
+            and set(m.sha256) <= set("0123456789abcdef")
+            and m.size > 0
+            and m.licence
+            and m.source
+            and m.input
+        )
         assert ".." not in m.file and not m.file.startswith("/") and (m.url == "" or m.url.startswith("https://"))
     assert [m.name for m in find_models(["mtcnn"])] == ["mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet"]
     with pytest.raises(InputError, match="did you mean 'retinaface'"):

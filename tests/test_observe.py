@@ -19,22 +19,31 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.run import sha256_file
-from calib_nb.npu.contract import fix_batch
+from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.model import load_graph, run
+from calib_nb.graph.simplify import activations
 from calib_nb.quant import kernels
-from calib_nb.quant.graph import activations
-from calib_nb.quant.nodes import load_graph, run
 from calib_nb.quant.observe import LANES, labelled, network_input, observe
 from calib_nb.quant.stats import QUANTILES, ActivationStats, Collector, collect, read_stats
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 arrays = hnp.arrays(np.float32, st.integers(1, 300), elements=floats)
-plain = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-60))
+plain = hnp.arrays(
+    np.float32,
+    st.integers(1, 300),
+    elements=st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-60),
+)
 VALUES = 4 + len(QUANTILES)
 
 
 def measured(x, capacity=64):
     """What `measure` finds on one tensor: (bad, values, counts of the used bins, exponent, first)."""
-    values, counts, k, first = np.empty((1, VALUES), np.float32), np.full((1, capacity), 77, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    values, counts, k, first = (
+        np.empty((1, VALUES), np.float32),
+        np.full((1, capacity), 77, np.int32),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+    )
     bad = kernels.measure(x, np.array([0]), np.array([x.size]), np.array(QUANTILES), values, counts, k, first)
     used = math.floor(math.ldexp(float(values[0, 1]), -int(k[0]))) - int(first[0]) + 1 if bad < 0 else 0
     return bad, values[0], counts[0, :used], int(k[0]), int(first[0])
@@ -76,7 +85,9 @@ def test_measuring_is_what_numpy_says(x):
     assert np.allclose(values[2:4], [wide.mean(), wide.std()], rtol=1e-5, atol=1e-6 * np.abs(wide).max() + 1e-37)
     numbers = np.floor(np.ldexp(wide, -k)).astype(np.int64) - first
     assert counts.sum() == x.size
-    if not ((scaled > 0) & (scaled < 2.0**-126)).any():  # else float32 cannot scale it, and it may be counted on the other side of zero
+    if not (
+        (scaled > 0) & (scaled < 2.0**-126)
+    ).any():  # else float32 cannot scale it, and it may be counted on the other side of zero
         assert np.array_equal(counts, np.bincount(numbers, minlength=len(counts)))
     for p, q in zip(QUANTILES, values[4:]):
         slack = 2.0**k * 1.0001 + 1e-6 * abs(q) + 1e-36
@@ -123,12 +134,28 @@ def test_bins_fold_as_the_range_grows_without_losing_a_count():
 def network(path, *, batch=1, dynamic=False):
     """Conv, ReLU, Conv, Sigmoid, Mul, pooling, Reshape, Gemm, and a Shape beside; input 1x3x16x16."""
     rng = np.random.default_rng(0)
-    weights = {"w1": rng.normal(0, 0.3, (8, 3, 3, 3)), "w2": rng.normal(0, 0.2, (8, 8, 3, 3)), "w3": rng.normal(0, 0.3, (8, 5))}
+    weights = {
+        "w1": rng.normal(0, 0.3, (8, 3, 3, 3)),
+        "w2": rng.normal(0, 0.2, (8, 8, 3, 3)),
+        "w3": rng.normal(0, 0.3, (8, 5)),
+    }
     nodes = [helper.make_node("Conv", ["input", "w1"], ["c1"], pads=[1] * 4), helper.make_node("Relu", ["c1"], ["r1"]), helper.make_node("Conv", ["r1", "w2"], ["c2"]), helper.make_node("Sigmoid", ["c2"], ["s"]),
              helper.make_node("Mul", ["c2", "s"], ["m"]), helper.make_node("GlobalAveragePool", ["m"], ["p"]), helper.make_node("Reshape", ["p", "to"], ["f"]), helper.make_node("Gemm", ["f", "w3"], ["output"])]  # fmt: skip
-    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("input", ["N" if dynamic else batch, 3, 16, 16]), ("output", [batch, 5]))]
-    constants = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()] + [numpy_helper.from_array(np.array([1, 8]), "to")]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    info = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("input", ["N" if dynamic else batch, 3, 16, 16]), ("output", [batch, 5]))
+    ]
+    constants = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()] + [
+        numpy_helper.from_array(np.array([1, 8]), "to")
+    ]
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", info[:1], info[1:], constants),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=8,
+        ),
+        path,
+    )
     return path
 
 
@@ -164,13 +191,19 @@ def test_one_pass_agrees_with_all_activations_kept(stats, oracle):
     for t, name in enumerate(stats.tensors):
         kept = np.array([oracle[label][name].ravel() for label in stats.images])
         assert np.array_equal(stats.min[t], kept.min(1)) and np.array_equal(stats.max[t], kept.max(1))
-        assert np.allclose(stats.mean[t], kept.mean(1, dtype=float), rtol=1e-5, atol=1e-6) and np.allclose(stats.std[t], kept.std(1, dtype=float), rtol=1e-4, atol=1e-6)
+        assert np.allclose(stats.mean[t], kept.mean(1, dtype=float), rtol=1e-5, atol=1e-6) and np.allclose(
+            stats.std[t], kept.std(1, dtype=float), rtol=1e-4, atol=1e-6
+        )
         counts, edges = stats.histogram(name)
         assert np.array_equal(counts, np.histogram(kept.astype(float), edges)[0])
         width = edges[1] - edges[0]
         for p in (0.01, 0.5, 0.99):
-            assert np.abs(stats.quantile(p)[t] - np.quantile(kept, p, axis=1, method="inverted_cdf")).max() <= max(width, np.ptp(kept) / 30)
-    assert stats == collect((label, oracle[label]) for label in oracle) or stats.model_sha256, "the same object from arrays in memory"
+            assert np.abs(stats.quantile(p)[t] - np.quantile(kept, p, axis=1, method="inverted_cdf")).max() <= max(
+                width, np.ptp(kept) / 30
+            )
+    assert stats == collect((label, oracle[label]) for label in oracle) or stats.model_sha256, (
+        "the same object from arrays in memory"
+    )
     assert np.array_equal(collect((label, oracle[label]) for label in oracle).counts, stats.counts)
 
 
@@ -194,10 +227,17 @@ def test_fewer_tensors_and_channels(model, pictures, oracle, stats):
     kept = np.concatenate([oracle[label]["m"] for label in stats.images])
     low, high, total, squares = few.channels["m"].T
     assert np.array_equal(low, kept.min((0, 1, 2))) and np.array_equal(high, kept.max((0, 1, 2)))
-    assert np.allclose(total, kept.sum((0, 1, 2), dtype=float), rtol=1e-9) and np.allclose(squares, np.square(kept, dtype=float).sum((0, 1, 2)), rtol=1e-9)
-    halves = [observe(model, part, scale, tensors=["c1", "m"], per_channel={"c1": 1, "m": -1}, progress=False) for part in (pictures[:5], pictures[5:])]
+    assert np.allclose(total, kept.sum((0, 1, 2), dtype=float), rtol=1e-9) and np.allclose(
+        squares, np.square(kept, dtype=float).sum((0, 1, 2)), rtol=1e-9
+    )
+    halves = [
+        observe(model, part, scale, tensors=["c1", "m"], per_channel={"c1": 1, "m": -1}, progress=False)
+        for part in (pictures[:5], pictures[5:])
+    ]
     merged = halves[0] + halves[1]
-    assert np.array_equal(merged.channels["m"][:, :2], few.channels["m"][:, :2]) and np.allclose(merged.channels["m"], few.channels["m"], rtol=1e-12)
+    assert np.array_equal(merged.channels["m"][:, :2], few.channels["m"][:, :2]) and np.allclose(
+        merged.channels["m"], few.channels["m"], rtol=1e-12
+    )
 
 
 def test_the_model_file_is_only_read_and_one_picture_is_enough(model, pictures):
@@ -255,7 +295,11 @@ def test_file_round_trip_and_equal_bytes(tmp_path, stats):
 def test_merging_what_does_not_belong_together_is_refused(model, pictures, stats, tmp_path):
     other = observe(model, pictures[:2], scale, bins=32, progress=False)
     assert stats != other and stats != 3
-    for a, match in ((other, "do not fit together"), (stats, "13 photos are in both"), (stats.select(["r1"]), "do not fit together")):
+    for a, match in (
+        (other, "do not fit together"),
+        (stats, "13 photos are in both"),
+        (stats.select(["r1"]), "do not fit together"),
+    ):
         with pytest.raises(InputError, match=match):
             stats + a
 
@@ -285,7 +329,9 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path, content, stats):
     rng = np.random.default_rng(0)
     places = [*range(120), *rng.integers(0, len(content), 150), *range(len(content) - 700, len(content), 5)]
     for place in places:
-        found = damaged(tmp_path, content[:place] + bytes([content[place] ^ (1 << rng.integers(8))]) + content[place + 1 :])
+        found = damaged(
+            tmp_path, content[:place] + bytes([content[place] ^ (1 << rng.integers(8))]) + content[place + 1 :]
+        )
         assert found is None or np.array_equal(found.counts, whole.counts)
 
 
@@ -301,7 +347,11 @@ def test_foreign_and_hostile_files_are_refused(tmp_path, stats):
         assert name
     np.save(tmp_path / "x.npy", np.zeros(3))
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("header.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(128) + b"\n")
+        bomb.writestr(
+            "header.npy",
+            b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(128)
+            + b"\n",
+        )
     for wrong in (tmp_path / "x.npy", tmp_path / "bomb.npz", tmp_path, tmp_path / "none"):
         with pytest.raises(InputError):
             read_stats(wrong)
@@ -329,7 +379,9 @@ print(len(stats.images))
 
 def start(model, tmp_path):
     arguments = [sys.executable, "-c", WORKER, str(model), str(tmp_path / "journal.npz"), str(tmp_path / "calls")]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -348,15 +400,27 @@ def test_a_stopped_pass_goes_on_where_it_was(model, tmp_path, how):
     assert (out, err, again.returncode) == ("60\n", "", 0)
     assert calls.stat().st_size == 60 - kept + 1, "the rest, and one to see that nothing has changed"
     pictures = list(np.random.default_rng(5).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
-    assert read_stats(tmp_path / "journal.npz.done") == read_stats(tmp_path / "journal.npz") == observe(model, pictures, scale, progress=False)
+    assert (
+        read_stats(tmp_path / "journal.npz.done")
+        == read_stats(tmp_path / "journal.npz")
+        == observe(model, pictures, scale, progress=False)
+    )
 
 
 def test_a_journal_of_something_else_is_left_alone(model, pictures, stats, tmp_path):
     journal = observe(model, pictures[:4], scale, progress=False).save(tmp_path / "j.npz")
     before = journal.read_bytes()
-    for change, match in (({"tensors": ["r1"]}, "another model, of other tensors"), ({"images": pictures[2:]}, "of other tensors or photos"), ({"preprocess": lambda b: scale(b) * 0.9}, "another preprocessing"), ({"bins": 64}, "another model")):
+    for change, match in (
+        ({"tensors": ["r1"]}, "another model, of other tensors"),
+        ({"images": pictures[2:]}, "of other tensors or photos"),
+        ({"preprocess": lambda b: scale(b) * 0.9}, "another preprocessing"),
+        ({"bins": 64}, "another model"),
+    ):
         with pytest.raises(InputError, match=match):
-            observe(**{"model": model, "images": pictures, "preprocess": scale, "journal": journal, "progress": False} | change)
+            observe(
+                **{"model": model, "images": pictures, "preprocess": scale, "journal": journal, "progress": False}
+                | change
+            )
         assert journal.read_bytes() == before
     journal.write_bytes(before[:1000])
     with pytest.raises(InputError, match="holds no activation statistics"):
@@ -385,7 +449,7 @@ print(extremes(np.array([1, 2], np.float32)))
 
 
 def test_importing_stays_quick():
-    code = "import sys; import calib_nb.quant.observe, calib_nb.quant.ranges, calib_nb.quant.enough; print(sorted({'numba', 'onnx', 'onnxruntime', 'scipy', 'torch'} & set(sys.modules)))"
+    code = "import sys; import calib_nb.quant.observe, calib_nb.quant.ranges, calib_nb.quant.stability; print(sorted({'numba', 'onnx', 'onnxruntime', 'scipy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -410,7 +474,17 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 @pytest.mark.slow
 def test_peak_memory_at_1000_images_is_that_at_100(real_data, tmp_path):
     model = fix_batch(real_data / "models" / "edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
-    peaks = {n: min(int(subprocess.run([sys.executable, "-c", MEMORY, str(model), str(n)], capture_output=True, text=True, check=True).stdout) for _ in range(2)) for n in (100, 1000)}
+    peaks = {
+        n: min(
+            int(
+                subprocess.run(
+                    [sys.executable, "-c", MEMORY, str(model), str(n)], capture_output=True, text=True, check=True
+                ).stdout
+            )
+            for _ in range(2)
+        )
+        for n in (100, 1000)
+    }
     assert peaks[1000] <= 1.05 * peaks[100]
 
 
@@ -428,7 +502,12 @@ def test_real_models(real_data, tmp_path, name):
     kept = [run(graph, prepare(p), stats.tensors[1:], threads=1) for p in pictures]
     for tensor in stats.tensors[1:]:
         low, high = min(k[tensor].min() for k in kept), max(k[tensor].max() for k in kept)
-        assert np.allclose([stats.min[stats.index(tensor)].min(), stats.max[stats.index(tensor)].max()], [low, high], rtol=1e-5, atol=1e-6 * max(abs(low), abs(high)))
+        assert np.allclose(
+            [stats.min[stats.index(tensor)].min(), stats.max[stats.index(tensor)].max()],
+            [low, high],
+            rtol=1e-5,
+            atol=1e-6 * max(abs(low), abs(high)),
+        )
         assert stats.histogram(tensor)[0].sum() == 3 * kept[0][tensor].size
 
 

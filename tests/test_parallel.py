@@ -24,7 +24,12 @@ def quiet(function, items, **options):
 
 
 @settings(max_examples=40, deadline=None)
-@given(items=st.lists(st.integers(), max_size=600), workers=st.integers(1, 9), largest=st.integers(1, 50), known=st.sets(st.integers(0, 599)))
+@given(
+    items=st.lists(st.integers(), max_size=600),
+    workers=st.integers(1, 9),
+    largest=st.integers(1, 50),
+    known=st.sets(st.integers(0, 599)),
+)
 def test_order_equals_map(tmp_path_factory, items, workers, largest, known):
     keyed = list(enumerate(items))
     path = tmp_path_factory.mktemp("j") / "journal"
@@ -38,7 +43,9 @@ def test_order_equals_map(tmp_path_factory, items, workers, largest, known):
 
 
 def test_order_in_processes_and_with_uneven_work():
-    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 3)), x)[1], range(60), backend="process", workers=3)) == list(range(60))
+    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 3)), x)[1], range(60), backend="process", workers=3)) == list(
+        range(60)
+    )
     assert list(quiet(lambda x: (time.sleep(0.002 * (x % 5)), x)[1], range(200), workers=8)) == list(range(200))
 
 
@@ -155,7 +162,10 @@ def test_journal_signature_and_foreign_file(tmp_path):
     path = tmp_path / "j"
     assert list(quiet(lambda x: x + 1, range(5), journal=path, signature="one")) == [1, 2, 3, 4, 5]
     calls = []
-    assert list(quiet(lambda x: calls.append(x) or x, range(5), journal=path, signature="one")) == [1, 2, 3, 4, 5] and calls == []
+    assert (
+        list(quiet(lambda x: calls.append(x) or x, range(5), journal=path, signature="one")) == [1, 2, 3, 4, 5]
+        and calls == []
+    )
     assert list(quiet(lambda x: x * 2, range(5), journal=path, signature="two")) == [0, 2, 4, 6, 8]
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"\xff\xd8\xff\xe0")
@@ -192,7 +202,9 @@ print("whole")
 def start(tmp_path, backend="thread", seconds="0.01"):
     arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "journal"), str(tmp_path / "calls"), backend, seconds]
     environment = {**os.environ, "PYTHONPATH": str(Path(parallel.__file__).parents[2])}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
 
 
 def wait_for_calls(tmp_path, count, limit=30):

@@ -22,21 +22,41 @@ nonzero = numbers.filter(lambda x: abs(x) > 1e-3)
 def steps(draw_resize=True):
     boxes = st.tuples(sides, sides)
     resizes = st.one_of(
-        st.builds(lambda b, i: {"resize": {"width": b[0], "height": b[1], "interpolation": i}}, boxes, st.sampled_from(sorted(CV_INTERPOLATION))),
-        st.builds(lambda b, i: {"resize": {"width": b[0], "height": b[1], "mode": "torchvision", "interpolation": i}}, boxes, st.sampled_from(PIL_INTERPOLATION)),
+        st.builds(
+            lambda b, i: {"resize": {"width": b[0], "height": b[1], "interpolation": i}},
+            boxes,
+            st.sampled_from(sorted(CV_INTERPOLATION)),
+        ),
+        st.builds(
+            lambda b, i: {"resize": {"width": b[0], "height": b[1], "mode": "torchvision", "interpolation": i}},
+            boxes,
+            st.sampled_from(PIL_INTERPOLATION),
+        ),
         st.builds(lambda s: {"resize": {"size": s, "mode": "torchvision"}}, sides),
-        st.builds(lambda s, v: {"resize": {"size": s, "mode": "pad", "pad_value": [v] * 3, "pad_location": "edge"}}, sides, st.integers(0, 255)),
+        st.builds(
+            lambda s, v: {"resize": {"size": s, "mode": "pad", "pad_value": [v] * 3, "pad_location": "edge"}},
+            sides,
+            st.integers(0, 255),
+        ),
     )
     return st.one_of(
         resizes,
         st.builds(lambda f: {"convertColor": {"form": f}}, st.sampled_from(COLOR_FORMS)),
         st.builds(lambda b: {"centercrop": {"width": b[0], "height": b[1]}}, boxes),
-        st.builds(lambda m, s: {"normalize": {"mean": m, "std": s}}, st.lists(numbers, min_size=3, max_size=3), st.lists(nonzero, min_size=3, max_size=3)),
+        st.builds(
+            lambda m, s: {"normalize": {"mean": m, "std": s}},
+            st.lists(numbers, min_size=3, max_size=3),
+            st.lists(nonzero, min_size=3, max_size=3),
+        ),
         st.builds(lambda k, x: {k: {"x": x}}, st.sampled_from(["mul", "div"]), nonzero),
         st.builds(lambda k, x: {k: {"x": x}}, st.sampled_from(["add", "subtract"]), numbers),
         st.builds(lambda a: {"transpose": {"axis": a}}, st.permutations([0, 1, 2])),
         st.builds(lambda a: {"expandDim": {"axis": a}}, st.integers(0, 3)),
-        st.builds(lambda k, a: {k: a}, st.sampled_from(VENDOR_ONLY), st.one_of(st.none(), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))),
+        st.builds(
+            lambda k, a: {k: a},
+            st.sampled_from(VENDOR_ONLY),
+            st.one_of(st.none(), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2)),
+        ),
     )
 
 
@@ -45,7 +65,9 @@ def test_list_and_chain_are_the_same_thing(entries):
     chain = Preprocess.from_list(entries)
     written = json.loads(json.dumps(chain.to_list()))
     assert Preprocess.from_list(written) == chain and Preprocess.from_list(written).to_list() == written
-    assert pickle.loads(pickle.dumps(chain)) == chain and [next(iter(e)) for e in written] == [next(iter(e)) for e in entries]
+    assert pickle.loads(pickle.dumps(chain)) == chain and [next(iter(e)) for e in written] == [
+        next(iter(e)) for e in entries
+    ]
     if not chain.not_emulated:
         assert eval(repr(chain)) == chain
 
@@ -70,7 +92,11 @@ def test_any_chain_runs_or_says_which_step_cannot(entries, height, width, seed):
 
 @pytest.fixture
 def photo():
-    return cv2.resize(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8), (161, 120), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(
+        np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8),
+        (161, 120),
+        interpolation=cv2.INTER_CUBIC,
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -113,7 +139,10 @@ def test_pad_keeps_the_aspect_and_centres(width, height, size):
     assert max(len(rows), len(columns)) == size and (out[~inside] == [7, 8, 9]).all()
     for found in (rows, columns):
         assert abs(found[0] - (size - 1 - found[-1])) <= 1
-    assert abs(len(columns) / len(rows) - width / height) <= width / height * 1.01 / min(len(rows), len(columns)) + 1e-9 or min(len(rows), len(columns)) == 1
+    assert (
+        abs(len(columns) / len(rows) - width / height) <= width / height * 1.01 / min(len(rows), len(columns)) + 1e-9
+        or min(len(rows), len(columns)) == 1
+    )
 
 
 def test_centercrop_is_the_middle(photo):
@@ -149,7 +178,16 @@ def test_normalize_follows_the_channels(photo):
         Preprocess().convert_color("BGR2GRAY").normalize(mean, std)(photo)
 
 
-@given(st.lists(st.one_of(st.tuples(st.sampled_from(["mul", "div"]), st.floats(0.01, 100)), st.tuples(st.sampled_from(["add", "subtract"]), st.floats(-100, 100))), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from(["mul", "div"]), st.floats(0.01, 100)),
+            st.tuples(st.sampled_from(["add", "subtract"]), st.floats(-100, 100)),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
 @settings(deadline=None)
 def test_fused_arithmetic_is_equal_to_steps_and_can_be_undone(chosen):
     chain = Preprocess.from_list([{key: {"x": x}} for key, x in chosen])
@@ -160,7 +198,9 @@ def test_fused_arithmetic_is_equal_to_steps_and_can_be_undone(chosen):
         exact = {"mul": np.multiply, "div": np.divide, "add": np.add, "subtract": np.subtract}[key](exact, x)
     assert np.allclose(chain(image), exact, rtol=1e-5, atol=1e-4 * (1 + np.abs(exact).max()))
     if np.ptp(exact) > 1:
-        assert np.abs(chain.denormalize(chain(image)).astype(int) - image).max() <= 1 + 255 * np.abs(exact).max() * 1e-6 / np.ptp(exact)
+        assert np.abs(chain.denormalize(chain(image)).astype(int) - image).max() <= 1 + 255 * np.abs(
+            exact
+        ).max() * 1e-6 / np.ptp(exact)
 
 
 def test_letterboxed_picture_of_what_the_network_sees(photo):
@@ -169,7 +209,17 @@ def test_letterboxed_picture_of_what_the_network_sees(photo):
     assert np.array_equal(seen, Preprocess().pad_resize(96)(photo)) and (seen[0] == 114).all()
 
 
-@pytest.mark.parametrize("image", [None, [[1]], np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3))])
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        [[1]],
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 3)),
+    ],
+)
 def test_what_is_no_image_is_refused(image):
     with pytest.raises(ConfigError, match="uint8 .H, W, 3. BGR"):
         preset("yunet")(image)

@@ -14,22 +14,31 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ImageError, InputError, ModelError
 from calib_nb.core.run import sha256_file
-from calib_nb.npu.contract import fix_batch, open_session, read_contract
-from calib_nb.quant.profile import PROFILES, Profile, profile
+from calib_nb.graph.contract import fix_batch, open_session, read_contract
 from calib_nb.quant.quantize import images_digest, quantize, read_history
 from calib_nb.quant.ranges import METHODS
+from calib_nb.quant.target import PROFILES, Profile, profile
 
 
 def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0, inputs=1):
     rng = np.random.default_rng(0)
-    weights = {"w": rng.normal(0, 0.3, (8, 3, 3, 3)), "g": rng.uniform(0.5, 2, 8), "b": np.full(8, bias), "m": rng.normal(0, 0.1, 8), "v": rng.uniform(0.5, 2, 8), "f": rng.normal(0, 0.3, (8, 5))}
+    weights = {
+        "w": rng.normal(0, 0.3, (8, 3, 3, 3)),
+        "g": rng.uniform(0.5, 2, 8),
+        "b": np.full(8, bias),
+        "m": rng.normal(0, 0.1, 8),
+        "v": rng.uniform(0.5, 2, 8),
+        "f": rng.normal(0, 0.3, (8, 5)),
+    }
     names = ["input", *(f"more{k}" for k in range(1, inputs))]
     nodes = [helper.make_node("Sum", names, ["x"])] if inputs > 1 else [helper.make_node("Identity", ["input"], ["x"])]
     nodes += [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), helper.make_node("Relu", ["n"], ["r"]),
               helper.make_node("GlobalAveragePool", ["r"], ["p"]), helper.make_node("Flatten", ["p"], ["h"]), helper.make_node("MatMul", ["h", "f"], ["output"])]  # fmt: skip
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in names]
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [shape[0], 5])
-    graph = helper.make_graph(nodes, "g", values, [output], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()])
+    graph = helper.make_graph(
+        nodes, "g", values, [output], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
     return path
 
@@ -79,8 +88,13 @@ def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
     assert weight_scale.size == (8 if facts.weight_per_channel else 1) and weight_values.dtype == np.int8
     assert not facts.weight_symmetric or not weight_zero.any()
     assert facts.weight_levels[0] <= weight_values.min() and weight_values.max() <= facts.weight_levels[1]
-    assert np.abs(weight_values.astype(int)).max() >= 64, "at most one bit is given away, to sums that must not saturate"
-    assert values[activation.input[2]].dtype == (np.int8 if facts.activation_signed else np.uint8) and values[activation.input[1]].size == 1
+    assert np.abs(weight_values.astype(int)).max() >= 64, (
+        "at most one bit is given away, to sums that must not saturate"
+    )
+    assert (
+        values[activation.input[2]].dtype == (np.int8 if facts.activation_signed else np.uint8)
+        and values[activation.input[1]].size == 1
+    )
 
 
 def test_minmax_is_the_range_that_was_seen(tmp_path, model, pictures):
@@ -104,10 +118,16 @@ def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, picture
 
 
 def test_history_is_in_the_file(tmp_path, model, pictures):
-    result = quantize(model, pictures, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False)
+    result = quantize(
+        model, pictures, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False
+    )
     history = read_history(result.path)
     assert history["profile"] == "xnnpack" and history["method"] == "percentile" and history["images"] == "12"
-    assert history["images_sha256"] == images_digest(pictures) and history["model_sha256"] == sha256_file(model) and "onnxruntime" in history["versions"]
+    assert (
+        history["images_sha256"] == images_digest(pictures)
+        and history["model_sha256"] == sha256_file(model)
+        and "onnxruntime" in history["versions"]
+    )
 
 
 def test_paths_and_arrays_are_alike(tmp_path, model, pictures):
@@ -116,7 +136,10 @@ def test_paths_and_arrays_are_alike(tmp_path, model, pictures):
     paths = [tmp_path / f"{k}.png" for k in range(12)]
     for path, picture in zip(paths, pictures, strict=True):
         cv2.imwrite(str(path), picture)
-    a, b = (onnx.load(quantize(model, images, scale, tmp_path / "int8.onnx", progress=False).path) for images in (paths, pictures))
+    a, b = (
+        onnx.load(quantize(model, images, scale, tmp_path / "int8.onnx", progress=False).path)
+        for images in (paths, pictures)
+    )
     assert a.graph == b.graph
     (tmp_path / "0.png").write_bytes(b"")
     with pytest.raises(ImageError, match="0.png"):
@@ -142,8 +165,14 @@ def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
     (tmp_path / "text.onnx").write_text("hello")
     refuse("text.onnx", ModelError, tmp_path / "text.onnx", pictures, scale, out)
     onnx.save(onnx.load(model), tmp_path / "external.onnx", save_as_external_data=True, size_threshold=0)
-    assert quantize(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share == 1
-    relu = helper.make_graph([helper.make_node("Exp", ["input"], ["output"])], "g", *([helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 16])] for n in ("input", "output")))
+    assert (
+        quantize(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share == 1
+    )
+    relu = helper.make_graph(
+        [helper.make_node("Exp", ["input"], ["output"])],
+        "g",
+        *([helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 16])] for n in ("input", "output")),
+    )
     onnx.save(helper.make_model(relu, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "exp.onnx")
     refuse("no operator of exp.onnx can be quantized", ModelError, tmp_path / "exp.onnx", pictures, scale, out)
 
@@ -154,9 +183,24 @@ def test_other_bad_input_is_refused(tmp_path, model, pictures):
     refuse("did you mean 'ort-cpu'", InputError, model, pictures, scale, out, profile="ort_cpu")
     refuse("no calibration images", InputError, model, [], scale, out)
     refuse("no such image", InputError, model, ["nowhere.png"], scale, out)
-    refuse("gives float32 \\[1, 3, 8, 8\\]; expected float32 \\[1, 3, 16, 16\\]", InputError, model, [p[:8, :8] for p in pictures], scale, out)
+    refuse(
+        "gives float32 \\[1, 3, 8, 8\\]; expected float32 \\[1, 3, 16, 16\\]",
+        InputError,
+        model,
+        [p[:8, :8] for p in pictures],
+        scale,
+        out,
+    )
     refuse("gives NaN", InputError, model, pictures, lambda p: scale(p) * np.float32(np.nan), out)
-    refuse("8 bits for both", InputError, model, pictures, scale, out, profile=Profile("four", True, True, False, False, weight_bits=4))
+    refuse(
+        "8 bits for both",
+        InputError,
+        model,
+        pictures,
+        scale,
+        out,
+        profile=Profile("four", True, True, False, False, weight_bits=4),
+    )
     with pytest.raises(InputError, match="another file than the model"):
         quantize(model, pictures, scale, model)
 
@@ -181,7 +225,18 @@ def test_a_kill_leaves_no_half_file(tmp_path, model, pictures):
         quantize(sys.argv[1], list(np.load(sys.argv[2])), slow, sys.argv[4], progress=False)"""
     folder = tmp_path / "out"
     folder.mkdir()
-    process = subprocess.Popen([sys.executable, "-c", code, str(model), str(tmp_path / "pictures.npy"), os.path.dirname(__file__), str(folder / "int8.onnx")], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(model),
+            str(tmp_path / "pictures.npy"),
+            os.path.dirname(__file__),
+            str(folder / "int8.onnx"),
+        ],
+        stdout=subprocess.PIPE,
+    )
     process.stdout.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
@@ -196,7 +251,16 @@ def test_real_face_models(real_data, tmp_path):
     photos = [real_data / "lfw/images" / p for p in find_images(real_data / "lfw/images")[:10]]
     edgeface = fix_batch(real_data / "models/edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
     result = quantize(edgeface, photos, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
-    assert result.size_mb < 0.4 * result.float_size_mb and "LayerNormalization" in {n.op_type for n in onnx.load(result.path).graph.node}
+    assert result.size_mb < 0.4 * result.float_size_mb and "LayerNormalization" in {
+        n.op_type for n in onnx.load(result.path).graph.node
+    }
     yunet = real_data / "models/face_detection_yunet_2023mar.onnx"  # opset 11, uint8 preprocessing
-    result = quantize(yunet, photos, preset("yunet", size=(640, 640)), tmp_path / "yunet_int8.onnx", profile="per-tensor-npu", progress=False)
+    result = quantize(
+        yunet,
+        photos,
+        preset("yunet", size=(640, 640)),
+        tmp_path / "yunet_int8.onnx",
+        profile="per-tensor-npu",
+        progress=False,
+    )
     assert read_contract(result.path).opset >= 13 and len(read_contract(result.path).outputs) == 12

@@ -13,8 +13,7 @@ from hypothesis.extra import numpy as hnp
 from calib_nb.core.errors import InputError
 from calib_nb.data.images import find_images
 from calib_nb.data.preprocess import preset
-from calib_nb.npu.contract import fix_batch
-from calib_nb.quant.enough import compare_choices, coverage, covering_images, drift_curve, enough_images, resampled_ranges, stability
+from calib_nb.graph.contract import fix_batch
 from calib_nb.quant.kernels import entropy_threshold
 from calib_nb.quant.observe import network_input, observe
 from calib_nb.quant.ranges import (
@@ -31,14 +30,30 @@ from calib_nb.quant.ranges import (
     ranges,
     weighted_counts,
 )
+from calib_nb.quant.stability import (
+    compare_choices,
+    coverage,
+    covering_images,
+    drift_curve,
+    enough_images,
+    resampled_ranges,
+    stability,
+)
 from calib_nb.quant.stats import collect
 
-floats = st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-60)  # float32 cannot scale subnormal numbers exactly
+floats = st.floats(-(2.0**60), 2.0**60, width=32).filter(
+    lambda v: v == 0 or abs(v) > 2.0**-60
+)  # float32 cannot scale subnormal numbers exactly
 pools = st.lists(hnp.arrays(np.float32, st.integers(1, 60), elements=floats), min_size=1, max_size=8)
 
 
 def pool(pieces, **more):
-    return collect([(f"p{i:03}", {"x": np.asarray(piece, np.float32)} | {k: v[i] for k, v in more.items()}) for i, piece in enumerate(pieces)])
+    return collect(
+        [
+            (f"p{i:03}", {"x": np.asarray(piece, np.float32)} | {k: v[i] for k, v in more.items()})
+            for i, piece in enumerate(pieces)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +62,15 @@ def photos():
 
     def photo(i):
         bell = rng.normal(0, rng.uniform(0.7, 1.4), 3000)
-        return {"bell": bell, "relu": np.maximum(bell, 0), "tail": rng.standard_t(3, 3000), "shifted": rng.uniform(5, 6, 500), "zero": np.zeros(9), "constant": np.full(9, -2.5), "one": np.array([rng.normal()])}
+        return {
+            "bell": bell,
+            "relu": np.maximum(bell, 0),
+            "tail": rng.standard_t(3, 3000),
+            "shifted": rng.uniform(5, 6, 500),
+            "zero": np.zeros(9),
+            "constant": np.full(9, -2.5),
+            "one": np.array([rng.normal()]),
+        }
 
     return [(f"p{i:03}", {k: v.astype(np.float32) for k, v in photo(i).items()}) for i in range(50)]
 
@@ -68,7 +91,11 @@ def test_every_method_gives_a_range_within_what_was_seen(pieces):
         slack = 1e-6 * np.abs(every).max()
         least, greatest = (min(every.min(), 0), max(every.max(), 0)) if method == "mse" else (every.min(), every.max())
         assert least - slack <= low and high <= greatest + slack
-    assert minmax(stats).loc["x"].tolist() == [every.min(), every.max()] == percentile(stats, percentile=100).loc["x"].tolist()
+    assert (
+        minmax(stats).loc["x"].tolist()
+        == [every.min(), every.max()]
+        == percentile(stats, percentile=100).loc["x"].tolist()
+    )
 
 
 @given(pools, st.sampled_from([60.0, 99.0, 99.9, 99.99]))
@@ -83,12 +110,21 @@ def test_percentile_never_cuts_more_than_asked(pieces, share):
 @pytest.mark.parametrize("method", METHODS)
 def test_edge_cases(stats, method):
     table = ranges(stats, method)
-    assert list(table.columns) == ["low", "high"] and table.index.name == "tensor" and list(table.index) == list(stats.tensors) and (table.dtypes == np.float64).all()
+    assert (
+        list(table.columns) == ["low", "high"]
+        and table.index.name == "tensor"
+        and list(table.index) == list(stats.tensors)
+        and (table.dtypes == np.float64).all()
+    )
     assert table.loc["zero"].tolist() == [0, 0] and table.loc["relu", "low"] == 0
     assert table.loc["constant"].tolist() == ([-2.5, 0] if method == "mse" else pytest.approx([-2.5, -2.5], abs=0))
-    assert 5 <= table.loc["shifted", "high"] <= 6 and (table.loc["shifted", "low"] == 0 if method == "mse" else table.loc["shifted", "low"] >= 5)
+    assert 5 <= table.loc["shifted", "high"] <= 6 and (
+        table.loc["shifted", "low"] == 0 if method == "mse" else table.loc["shifted", "low"] >= 5
+    )
     single = ranges(stats, method, images=["p007"])
-    assert (single.low <= single.high).all() and single.loc["one", "high"] == (pytest.approx(max(0, stats.max[6, 7]), rel=0.01) if method == "mse" else pytest.approx(stats.max[6, 7]))
+    assert (single.low <= single.high).all() and single.loc["one", "high"] == (
+        pytest.approx(max(0, stats.max[6, 7]), rel=0.01) if method == "mse" else pytest.approx(stats.max[6, 7])
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,7 +147,10 @@ def test_histogram_methods_of_some_images_are_near(photos, stats, method):
     kept = dict(photos)
     for seed in range(3):
         some = list(np.random.default_rng(seed).choice(stats.images, 20, replace=False))
-        true, estimate = ranges(collect([(name, kept[name]) for name in some]), method), ranges(stats, method, images=some)
+        true, estimate = (
+            ranges(collect([(name, kept[name]) for name in some]), method),
+            ranges(stats, method, images=some),
+        )
         width = (minmax(stats, some).high - minmax(stats, some).low).clip(lower=1e-9)
         off = ((true - estimate).abs().max(axis=1) / width).drop(["one"])
         assert off.max() < 0.25 and off.median() < 0.03, off
@@ -136,7 +175,11 @@ def test_ema_is_a_true_moving_average(stats):
             assert np.allclose(ema(stats, order, constant=constant).low, expected, rtol=1e-12)
     assert not np.allclose(ema(stats), ema(stats, list(stats.images)[::-1]), rtol=1e-6), "the order matters"
     spread = order_sensitivity(stats, constant=0.05)
-    assert (spread.spread >= 0).all() and spread.loc["zero", "spread"] == 0 and order_sensitivity(stats, constant=0.05).equals(spread)
+    assert (
+        (spread.spread >= 0).all()
+        and spread.loc["zero", "spread"] == 0
+        and order_sensitivity(stats, constant=0.05).equals(spread)
+    )
 
 
 def test_iqr_leaves_out_the_wild_photo_and_nothing_when_all_are_alike():
@@ -189,7 +232,10 @@ def test_mse_is_near_the_best_of_a_fine_search(photos, stats):
 
         low, high = mse(stats, bits=bits, symmetric=symmetric).loc[name]
         top = np.abs(x).max()
-        best = min(error(-part * top if symmetric else part * min(x.min(), 0), part * (top if symmetric else x.max())) for part in np.linspace(0.02, 1, 99))
+        best = min(
+            error(-part * top if symmetric else part * min(x.min(), 0), part * (top if symmetric else x.max()))
+            for part in np.linspace(0.02, 1, 99)
+        )
         assert error(low, high) <= 1.03 * best
     assert mse_range(np.array([0.0, 4]), np.array([0, 1, 2.0]), 1.0, 2.0)[0] == 0
 
@@ -211,13 +257,22 @@ def test_resampling_agrees_with_ranges(stats):
     for method in METHODS:
         found = resampled_ranges(stats, method, draws)
         for rows, table in zip(draws, found):
-            assert np.allclose(table, ranges(stats, method, images=[stats.images[r] for r in rows], **({"stride": 8} if method == "kl" else {})))
+            assert np.allclose(
+                table,
+                ranges(
+                    stats, method, images=[stats.images[r] for r in rows], **({"stride": 8} if method == "kl" else {})
+                ),
+            )
 
 
 def test_the_curve_falls_and_recommends(stats):
     curve = drift_curve(stats, ("minmax", "ema", "percentile"), replicates=15)
     assert curve.equals(drift_curve(stats, ("minmax", "ema", "percentile"), replicates=15)), "same seed, same curve"
-    assert (curve.worst_low <= curve.worst).all() and (curve.worst <= curve.worst_high).all() and sorted(set(curve.images)) == [1, 2, 5, 10, 20, 50]
+    assert (
+        (curve.worst_low <= curve.worst).all()
+        and (curve.worst <= curve.worst_high).all()
+        and sorted(set(curve.images)) == [1, 2, 5, 10, 20, 50]
+    )
     for _, part in curve.groupby("method"):
         assert part.worst.iloc[-1] < part.worst.iloc[0]
     assert enough_images(curve, 10.0).eq(1).all() and enough_images(curve, 0.0).isna().all()
@@ -227,9 +282,18 @@ def test_the_curve_falls_and_recommends(stats):
 
 def test_stability_finds_the_tensor_that_hangs_on_few_photos():
     rng = np.random.default_rng(0)
-    stats = pool([rng.normal(0, 1, 500) for _ in range(60)], seldom=[np.float32(rng.normal(0, 30 if i < 2 else 1, 500)) for i in range(60)], flat=[np.float32([-1, 0, 1])] * 60)
+    stats = pool(
+        [rng.normal(0, 1, 500) for _ in range(60)],
+        seldom=[np.float32(rng.normal(0, 30 if i < 2 else 1, 500)) for i in range(60)],
+        flat=[np.float32([-1, 0, 1])] * 60,
+    )
     table = stability(stats)
-    assert table.index[0] == "seldom" and table.unstable["seldom"] and not table.unstable["flat"] and table.spread["flat"] == 0
+    assert (
+        table.index[0] == "seldom"
+        and table.unstable["seldom"]
+        and not table.unstable["flat"]
+        and table.spread["flat"] == 0
+    )
     assert (table.width_low <= table.width_high).all()
 
 
@@ -237,7 +301,11 @@ def test_stability_finds_the_tensor_that_hangs_on_few_photos():
 @settings(deadline=None, max_examples=15)
 def test_greedy_cover_is_never_far_from_the_best_pair(seed):
     rng = np.random.default_rng(seed)
-    stats = pool([rng.normal(0, 1, 5) for _ in range(8)], y=[np.float32(rng.normal(0, 1, 3)) for _ in range(8)], z=[np.float32(rng.normal(3, 1, 1)) for _ in range(8)])
+    stats = pool(
+        [rng.normal(0, 1, 5) for _ in range(8)],
+        y=[np.float32(rng.normal(0, 1, 3)) for _ in range(8)],
+        z=[np.float32(rng.normal(3, 1, 1)) for _ in range(8)],
+    )
     best = max(coverage(stats, [a, b]) for a in stats.images for b in stats.images)
     assert coverage(stats, covering_images(stats, 2)) >= 0.63 * best
     order = covering_images(stats, 8)
@@ -270,7 +338,9 @@ def calibrate(edgeface, tmp_path, method, **options):
             return None if path is None else {"input": network_input(path, prepare)}
 
     with contextlib.redirect_stdout(io.StringIO()):
-        calibrator = create_calibrator(str(model), None, str(tmp_path / "augmented.onnx"), CalibrationMethod[method], extra_options=options)
+        calibrator = create_calibrator(
+            str(model), None, str(tmp_path / "augmented.onnx"), CalibrationMethod[method], extra_options=options
+        )
         calibrator.collect_data(Reader())
         found = calibrator.compute_data()
     both = [name for name in found.keys() if name in stats.tensors]  # noqa: SIM118 (TensorsData has no iteration over names)
@@ -308,10 +378,15 @@ def test_onnx_runtimes_entropy_is_the_full_range_where_ours_searches(edgeface, t
         folded[0] = folded[min(1, len(folded) - 1)]
         if len(folded) < 129 or (folded > 0).mean() < 0.5:
             continue
-        mirrored, edges = np.concatenate([folded[::-1], folded]).astype(np.int64), np.arange(-len(folded), len(folded) + 1, dtype=np.float32) * np.float32(width)
+        mirrored, edges = (
+            np.concatenate([folded[::-1], folded]).astype(np.int64),
+            np.arange(-len(folded), len(folded) + 1, dtype=np.float32) * np.float32(width),
+        )
         limit = searcher.get_entropy_threshold((mirrored, edges, edges[0], edges[-1], edges[-1]), 128)[1]
         slow = definition_of_kl(folded, 64)
-        assert slow[entropy_threshold(folded, 64, 1, 1.0)] <= slow[min(round(float(limit / width)), len(folded))] + 1e-9, name
+        assert (
+            slow[entropy_threshold(folded, 64, 1, 1.0)] <= slow[min(round(float(limit / width)), len(folded))] + 1e-9
+        ), name
         checked += 1
     assert checked > 8
 

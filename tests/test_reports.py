@@ -49,8 +49,29 @@ def test_the_same_parameters_give_the_same_metrics_byte_for_byte(name, root, tmp
 
 
 def test_a_report_runs_bare_under_papermill(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(report_notebook("npu-config")), "out.ipynb", "-p", "num_samples", "2", "-p", "name", "bare", "-k", "python3", "--no-progress-bar"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"CALIB_NB_OUTPUTS": str(tmp_path / "outputs")})
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(report_notebook("npu-config")),
+        "out.ipynb",
+        "-p",
+        "num_samples",
+        "2",
+        "-p",
+        "name",
+        "bare",
+        "-k",
+        "python3",
+        "--no-progress-bar",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CALIB_NB_OUTPUTS": str(tmp_path / "outputs")},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "outputs/npu-config/demo/bare/metrics.csv").exists() and (tmp_path / "out.ipynb").exists()
 
@@ -68,7 +89,16 @@ def test_every_literal_of_the_parameters_cell_can_be_set(name):
     assert (table["help"].str.len() > 5).all()
 
 
-@pytest.mark.parametrize(("given", "message"), [({"num_sampels": "5"}, "num_samples"), ({"num_samples": "five"}, "expected int"), ({"dedupe": "maybe"}, "expected bool"), ({"run_dir": "x"}, "filled by the runner"), ({"name": "../x"}, "cannot be a folder")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_sampels": "5"}, "num_samples"),
+        ({"num_samples": "five"}, "expected int"),
+        ({"dedupe": "maybe"}, "expected bool"),
+        ({"run_dir": "x"}, "filled by the runner"),
+        ({"name": "../x"}, "cannot be a folder"),
+    ],
+)
 def test_a_wrong_parameter_is_refused_before_anything_runs(given, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run_report("calibration-set", given, root=tmp_path)
@@ -89,29 +119,63 @@ def test_a_failing_report_keeps_the_older_run_and_the_failed_notebook(tmp_path):
 
 def test_edgeface_on_lfw(real_data, tmp_path):
     """The situation that this product is for: float near 99.4 %, and calibration photos that are not scored."""
-    done = run_report("edgeface", {"model": str(real_data / "models/edgeface_xxs_q_dequant.onnx"), "images": str(real_data / "lfw/images"), "pairs": str(real_data / "lfw/pairsDevTest.txt")}, root=tmp_path)
-    assert 0.99 < done.metrics["accuracy"][0] <= 1 and done.metrics["accuracy"][1] > 0.985 and done.metrics["size_mb"][1] < 0.4 * done.metrics["size_mb"][0]
-    scored, calibrated = ({line.split("/")[-1] for line in (done.folder / f"{part}_images.txt").read_text().split()} for part in ("scored", "calibration"))
+    done = run_report(
+        "edgeface",
+        {
+            "model": str(real_data / "models/edgeface_xxs_q_dequant.onnx"),
+            "images": str(real_data / "lfw/images"),
+            "pairs": str(real_data / "lfw/pairsDevTest.txt"),
+        },
+        root=tmp_path,
+    )
+    assert (
+        0.99 < done.metrics["accuracy"][0] <= 1
+        and done.metrics["accuracy"][1] > 0.985
+        and done.metrics["size_mb"][1] < 0.4 * done.metrics["size_mb"][0]
+    )
+    scored, calibrated = (
+        {line.split("/")[-1] for line in (done.folder / f"{part}_images.txt").read_text().split()}
+        for part in ("scored", "calibration")
+    )
     assert scored and calibrated and not scored & calibrated
 
 
 def test_yunet_on_labelled_photos(real_data, tmp_path):
-    done = run_report("yunet", {"model": str(real_data / "models/face_detection_yunet_2023mar.onnx"), "images": str(real_data / "faces_multi")}, root=tmp_path)
+    done = run_report(
+        "yunet",
+        {
+            "model": str(real_data / "models/face_detection_yunet_2023mar.onnx"),
+            "images": str(real_data / "faces_multi"),
+        },
+        root=tmp_path,
+    )
     assert (done.metrics[["precision", "recall"]].iloc[0] > 0.9).all() and 0 < done.metrics["landmark_px"][1] < 3
 
 
 def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
-    given = {"model": str(real_data / "models/FastestDet_opset13.onnx"), "coco": str(real_data / "coco/instances_val.json"), "images": str(real_data / "coco/val"), "calibration_images": str(real_data / "coco/train")}
+    given = {
+        "model": str(real_data / "models/FastestDet_opset13.onnx"),
+        "coco": str(real_data / "coco/instances_val.json"),
+        "images": str(real_data / "coco/val"),
+        "calibration_images": str(real_data / "coco/train"),
+    }
     done = run_report("tags", given | {"profiles": "ort-cpu", "method": "minmax", "threads": 1}, root=tmp_path)
     assert done.metrics["map"][0] > 55 and (done.metrics["drop"][1:] <= 1).all() and done.metrics.int8_share[1] > 0.9
-    scored, calibrated = ({line for line in (done.folder / f"{part}_images.txt").read_text().split()} for part in ("scored", "calibration"))
+    scored, calibrated = (
+        {line for line in (done.folder / f"{part}_images.txt").read_text().split()}
+        for part in ("scored", "calibration")
+    )
     assert scored and len(calibrated) == 100 and not scored & calibrated
     assert "Synthetic" not in done.page.read_text(encoding="utf-8")
 
 
 def test_an_installed_package_carries_its_reports(tmp_path):
     root = Path(__file__).resolve().parents[1]
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
+        check=True,
+        capture_output=True,
+    )
     import zipfile
 
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()

@@ -17,8 +17,14 @@ RATIOS = {"near": 0.25, "mid": 0.40, "far": 0.25, "very_far": 0.10}
 
 def scores(size: int, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    table = pd.DataFrame({"path": [f"{i % 7}/photo {i}.jpg" for i in range(size)], "quality": rng.uniform(0, 100, size).round(1)})
-    return table.assign(luma_mean=rng.uniform(0, 255, size), luma_std=rng.uniform(0, 80, size), error=np.where(rng.random(size) < 0.1, "truncated", ""))
+    table = pd.DataFrame(
+        {"path": [f"{i % 7}/photo {i}.jpg" for i in range(size)], "quality": rng.uniform(0, 100, size).round(1)}
+    )
+    return table.assign(
+        luma_mean=rng.uniform(0, 255, size),
+        luma_std=rng.uniform(0, 80, size),
+        error=np.where(rng.random(size) < 0.1, "truncated", ""),
+    )
 
 
 def depths(very_far: int = 85) -> pd.DataFrame:
@@ -38,7 +44,12 @@ def test_apportion_is_exact_and_within_one(total, shares):
     assert (np.abs(counts - exact) < 1 + 1e-6).all()
 
 
-@given(st.integers(1, 500), st.lists(st.tuples(st.floats(0, 10), st.integers(0, 200)), min_size=1, max_size=8).filter(lambda b: sum(s for s, _ in b) > 1e-3))
+@given(
+    st.integers(1, 500),
+    st.lists(st.tuples(st.floats(0, 10), st.integers(0, 200)), min_size=1, max_size=8).filter(
+        lambda b: sum(s for s, _ in b) > 1e-3
+    ),
+)
 def test_fill_takes_all_it_can_and_no_more(total, bins):
     shares, available = [s for s, _ in bins], [a for _, a in bins]
     wanted, taken = fill_bins(total, shares, available)
@@ -58,7 +69,9 @@ def test_depth_numbers_of_the_specification():
 def test_a_shortfall_goes_to_the_others_in_their_ratios_and_is_said():
     chosen = select(depths(very_far=10), "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
     plan = chosen.plan.set_index("bin")
-    assert len(chosen.rows) == 300 and plan.loc["very_far", "taken"] == 10 and plan.loc["very_far", "note"] == "20 too few"
+    assert (
+        len(chosen.rows) == 300 and plan.loc["very_far", "taken"] == 10 and plan.loc["very_far", "note"] == "20 too few"
+    )
     assert plan.loc["mid", "taken"] - 120 == 9 == max(plan["taken"] - plan["wanted"])
     assert all("in place of very_far" in plan.loc[name, "note"] for name in ("near", "mid", "far"))
 
@@ -70,7 +83,9 @@ def test_a_shortfall_goes_to_the_others_in_their_ratios_and_is_said():
 @given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 260), st.integers(0, 2**32), st.integers(1, 250))
 def test_no_row_twice_exact_count_every_row_accounted_for(strategy, num_samples, seed, size):
     table = scores(size, seed % 5)
-    if not (table["error"] == "").any() or (strategy == "quality_mix" and not ((table["error"] == "") & (table["quality"] >= 40)).any()):
+    if not (table["error"] == "").any() or (
+        strategy == "quality_mix" and not ((table["error"] == "") & (table["quality"] >= 40)).any()
+    ):
         return
     chosen = select(table, strategy, num_samples, seed=seed)
     usable = table[(table["error"] == "") & ((table["quality"] >= 40) | (strategy != "quality_mix"))]
@@ -88,7 +103,10 @@ def test_row_order_does_not_matter(strategy, num_samples, seed, rnd):
     table = scores(200)
     order = list(range(len(table)))
     rnd.shuffle(order)
-    one, other = select(table, strategy, num_samples, seed=seed), select(table.iloc[order], strategy, num_samples, seed=seed)
+    one, other = (
+        select(table, strategy, num_samples, seed=seed),
+        select(table.iloc[order], strategy, num_samples, seed=seed),
+    )
     pd.testing.assert_frame_equal(one.rows, other.rows)
     pd.testing.assert_frame_equal(one.plan, other.plan)
 
@@ -109,7 +127,9 @@ def test_the_seed_decides_and_is_frozen():
 def test_random_is_fair():
     table = pd.DataFrame({"path": [str(i) for i in range(40)]})
     counts = pd.concat([select(table, "random", 10, seed=seed).rows["path"] for seed in range(800)]).value_counts()
-    assert len(counts) == 40 and ((counts - 200) ** 2 / 200).sum() < 75  # chi-square with 39 degrees of freedom, p = 0.0005
+    assert (
+        len(counts) == 40 and ((counts - 200) ** 2 / 200).sum() < 75
+    )  # chi-square with 39 degrees of freedom, p = 0.0005
 
 
 def test_quality_mix_takes_the_top_and_spreads_the_rest():
@@ -125,12 +145,26 @@ def test_quotas_keep_poor_pictures_and_balanced_keeps_weights():
     table = scores(3000)
     chosen = select(table, "quotas", 100).rows["quality"]
     assert ((chosen < 40).sum(), ((chosen >= 40) & (chosen < 60)).sum(), (chosen >= 60).sum()) == (10, 20, 70)
-    mine = select(table, "quotas", 50, quotas={"low": 0.5, "high": 0.5}, bins={"low": (0, 50), "high": (50, 100)}).rows["quality"]
+    mine = select(table, "quotas", 50, quotas={"low": 0.5, "high": 0.5}, bins={"low": (0, 50), "high": (50, 100)}).rows[
+        "quality"
+    ]
     assert (mine < 50).sum() == 25
     table["light"] = np.where(table["luma_mean"] < 100, "night", "day")
     weights = {"night": {"few": 3, "many": 1}, "day": {"few": 0, "many": 4}}
-    both = select(table, "balanced", 80, columns=("light", "luma_std"), bins={"luma_std": {"few": (0, 40), "many": (40, 80)}}, weights=weights)
-    assert both.plan.set_index("bin")["taken"].drop("(unusable)").to_dict() == {"day / few": 0, "day / many": 40, "night / few": 30, "night / many": 10}
+    both = select(
+        table,
+        "balanced",
+        80,
+        columns=("light", "luma_std"),
+        bins={"luma_std": {"few": (0, 40), "many": (40, 80)}},
+        weights=weights,
+    )
+    assert both.plan.set_index("bin")["taken"].drop("(unusable)").to_dict() == {
+        "day / few": 0,
+        "day / many": 40,
+        "night / few": 30,
+        "night / many": 10,
+    }
 
 
 # --- nothing is lost in silence
@@ -141,7 +175,11 @@ def test_values_outside_every_bin_are_clamped_and_named_nan_is_counted():
     table.loc[10:12, "mean_depth"] = [-1.0, 100.0, np.inf]
     chosen = select(table, "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
     plan = chosen.plan.set_index("bin")
-    assert plan.loc["(no bin)", "available"] == 4 and plan.loc["very_far", "available"] == 87 and plan["available"].sum() == len(table)
+    assert (
+        plan.loc["(no bin)", "available"] == 4
+        and plan.loc["very_far", "available"] == 87
+        and plan["available"].sum() == len(table)
+    )
     assert any("1 below 0 count as near" in w and "1 above 100 count as very_far" in w for w in chosen.warnings)
     assert any("4 of 4,856 rows have no bin" in w for w in chosen.warnings)
 
@@ -151,7 +189,9 @@ def test_bins_agree_with_numpy_inside_their_range(values):
     series = pd.Series(values, name="x")
     bin_of, labels, _ = assign_bins(series, RANGES)
     inside = series[(series >= 0) & (series <= 100)]
-    assert np.histogram(inside, [0, 3, 8, 15, 100])[0].tolist() == [int((bin_of[inside.index] == label).sum()) for label in labels]
+    assert np.histogram(inside, [0, 3, 8, 15, 100])[0].tolist() == [
+        int((bin_of[inside.index] == label).sum()) for label in labels
+    ]
     assert bin_of.notna().all()
 
 
@@ -159,7 +199,10 @@ def test_a_constant_column_and_a_csv_without_errors_work(tmp_path):
     table = scores(50).assign(luma_mean=7.0)
     assert len(select(table, "stratified", 10).rows) == 10
     table.to_csv(tmp_path / "t.csv", index=False)  # "" comes back as NaN
-    assert select(pd.read_csv(tmp_path / "t.csv"), num_samples=5).rows["path"].tolist() == select(table, num_samples=5).rows["path"].tolist()
+    assert (
+        select(pd.read_csv(tmp_path / "t.csv"), num_samples=5).rows["path"].tolist()
+        == select(table, num_samples=5).rows["path"].tolist()
+    )
 
 
 def test_groups_leave_the_best_of_each():
@@ -199,7 +242,9 @@ def test_refusals_name_the_fault(arguments, message):
 def test_an_unreachable_threshold_says_what_would_do():
     table = scores(500).assign(error="")
     table["quality"] *= 71.3 / table["quality"].max()
-    with pytest.raises(InputError, match=r"all 500 images score below 90, the best is 71\.3: try --quality-threshold 50"):
+    with pytest.raises(
+        InputError, match=r"all 500 images score below 90, the best is 71\.3: try --quality-threshold 50"
+    ):
         select(table, num_samples=100, quality_threshold=90)
 
 

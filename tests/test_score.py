@@ -21,14 +21,27 @@ import calib_nb
 from calib_nb.core.errors import InputError
 from calib_nb.core.parallel import parallel_map
 from calib_nb.data.images import decode, find_images
-from calib_nb.data.score import COLUMNS, METRICS, ScoreConfig, measure, measure_file, plot_scores, score_folder, score_image, scores
+from calib_nb.data.score import (
+    COLUMNS,
+    METRICS,
+    ScoreConfig,
+    measure,
+    measure_file,
+    plot_scores,
+    score_folder,
+    score_image,
+    scores,
+)
 
 GRAY = np.array([0.114, 0.587, 0.299])  # ITU-R BT.601, BGR
 
 
 def texture(seed=0, height=240, width=320):
     rng = np.random.default_rng(seed)
-    image = sum(cv2.resize(rng.random((n, n, 3), np.float32), (width, height), interpolation=cv2.INTER_CUBIC) / k for k, n in ((1, 4), (2, 16), (4, 64)))
+    image = sum(
+        cv2.resize(rng.random((n, n, 3), np.float32), (width, height), interpolation=cv2.INTER_CUBIC) / k
+        for k, n in ((1, 4), (2, 16), (4, 64))
+    )
     image = (image - image.min()) / np.ptp(image)
     return (255 * np.clip(0.1 + 0.8 * image, 0, 1)).astype(np.uint8)
 
@@ -69,11 +82,15 @@ def numpy_raw(bgr):
 def test_raw_numbers_equal_numpy(photos):
     for bgr in photos:
         raw, (variance, mean, std) = measure(bgr), numpy_raw(bgr)
-        assert raw["luma_mean"] == pytest.approx(mean, abs=0.02) and raw["luma_std"] == pytest.approx(std, abs=0.02)  # OpenCV's weights are 15-bit integers
+        assert raw["luma_mean"] == pytest.approx(mean, abs=0.02) and raw["luma_std"] == pytest.approx(
+            std, abs=0.02
+        )  # OpenCV's weights are 15-bit integers
         assert raw["laplacian_var"] == pytest.approx(variance, rel=0.02, abs=0.05)
         gray = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
         assert raw["laplacian_var"] == pytest.approx(cv2.Laplacian(gray, cv2.CV_64F).var(), rel=1e-9, abs=1e-9)
-        assert raw["luma_mean"] == pytest.approx(gray.mean(), rel=1e-12) and raw["luma_std"] == pytest.approx(gray.std(), rel=1e-9)
+        assert raw["luma_mean"] == pytest.approx(gray.mean(), rel=1e-12) and raw["luma_std"] == pytest.approx(
+            gray.std(), rel=1e-9
+        )
 
 
 def test_colour_on_the_grid_stands_for_the_whole(photos):
@@ -87,17 +104,28 @@ def test_colour_on_the_grid_stands_for_the_whole(photos):
 def test_quality_is_the_weighted_mean(photos):
     for bgr in photos:
         s = score_image(bgr)
-        assert s["quality"] == pytest.approx(0.35 * s["sharpness"] + 0.20 * s["brightness"] + 0.20 * s["contrast"] + 0.15 * s["resolution"] + 0.10 * s["color"], rel=1e-12)
+        assert s["quality"] == pytest.approx(
+            0.35 * s["sharpness"]
+            + 0.20 * s["brightness"]
+            + 0.20 * s["contrast"]
+            + 0.15 * s["resolution"]
+            + 0.10 * s["color"],
+            rel=1e-12,
+        )
         assert all(0 <= s[name] <= 100 for name in (*METRICS, "quality"))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from(["noise", "black", "white", "flat"]))
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from(["noise", "black", "white", "flat"])
+)
 def test_any_array_is_scored_between_0_and_100(height, width, seed, kind):
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = {"noise": noise, "black": noise * 0, "white": noise * 0 + 255, "flat": noise * 0 + noise[0, 0]}[kind]
     s = score_image(image)
-    assert all(np.isfinite(value) for value in s.values()) and all(0 <= s[name] <= 100 for name in (*METRICS, "quality"))
+    assert all(np.isfinite(value) for value in s.values()) and all(
+        0 <= s[name] <= 100 for name in (*METRICS, "quality")
+    )
     if kind in ("black", "white"):
         assert s["brightness"] == s["contrast"] == s["sharpness"] == s["color"] == 0
 
@@ -124,19 +152,41 @@ def test_blur_lowers_sharpness(photos):
 def test_exposure_lowers_brightness(photos):
     for bgr in photos:
         mean = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY).mean()
-        falls([np.clip(bgr * (gain * min(1, 120 / mean)), 0, 255).astype(np.uint8) for gain in (1, 0.7, 0.45, 0.25, 0.1)], "brightness")
-        falls([255 - np.clip((255 - bgr.astype(float)) * gain * min(1, 120 / (255 - mean)), 0, 255).astype(np.uint8) for gain in (1, 0.7, 0.45, 0.25, 0.1)], "brightness")
+        falls(
+            [np.clip(bgr * (gain * min(1, 120 / mean)), 0, 255).astype(np.uint8) for gain in (1, 0.7, 0.45, 0.25, 0.1)],
+            "brightness",
+        )
+        falls(
+            [
+                255 - np.clip((255 - bgr.astype(float)) * gain * min(1, 120 / (255 - mean)), 0, 255).astype(np.uint8)
+                for gain in (1, 0.7, 0.45, 0.25, 0.1)
+            ],
+            "brightness",
+        )
 
 
 def test_flattening_lowers_contrast(photos):
     for bgr in photos:
-        falls([np.round(bgr.mean() + (bgr - bgr.mean()) * share).astype(np.uint8) for share in (1, 0.75, 0.5, 0.25, 0.1)], "contrast")
+        falls(
+            [np.round(bgr.mean() + (bgr - bgr.mean()) * share).astype(np.uint8) for share in (1, 0.75, 0.5, 0.25, 0.1)],
+            "contrast",
+        )
 
 
 def test_downscaling_lowers_resolution(photos):
     for bgr in photos:
-        falls([cv2.resize(bgr, None, fx=share, fy=share, interpolation=cv2.INTER_AREA) for share in (1, 0.75, 0.5, 0.25, 0.1)], "resolution")
-    assert score_image(np.zeros((1024, 1024, 3), np.uint8))["resolution"] == score_image(np.zeros((2048, 1024, 3), np.uint8))["resolution"] == 100
+        falls(
+            [
+                cv2.resize(bgr, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+                for share in (1, 0.75, 0.5, 0.25, 0.1)
+            ],
+            "resolution",
+        )
+    assert (
+        score_image(np.zeros((1024, 1024, 3), np.uint8))["resolution"]
+        == score_image(np.zeros((2048, 1024, 3), np.uint8))["resolution"]
+        == 100
+    )
 
 
 def test_gray_copy_has_no_colour(photos, tmp_path):
@@ -145,13 +195,24 @@ def test_gray_copy_has_no_colour(photos, tmp_path):
         assert score_image(cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR))["color"] == 0
         cv2.imwrite(str(tmp_path / f"{i}.jpg"), gray)
         assert score_image(decode(tmp_path / f"{i}.jpg"))["color"] == 0
-        falls([np.round(gray[..., None] + (bgr - gray[..., None].astype(float)) * share).clip(0, 255).astype(np.uint8) for share in (1, 0.7, 0.4, 0)], "color") if bgr.std(axis=2).mean() > 4 else None
+        falls(
+            [
+                np.round(gray[..., None] + (bgr - gray[..., None].astype(float)) * share).clip(0, 255).astype(np.uint8)
+                for share in (1, 0.7, 0.4, 0)
+            ],
+            "color",
+        ) if bgr.std(axis=2).mean() > 4 else None
 
 
 def test_copies_score_alike(photos, tmp_path):
     for bgr in photos:
         original = score_image(bgr)
-        for name, options in (("a.png", []), ("a.jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]), ("a.webp", [cv2.IMWRITE_WEBP_QUALITY, 101]), ("a.bmp", [])):
+        for name, options in (
+            ("a.png", []),
+            ("a.jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]),
+            ("a.webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
+            ("a.bmp", []),
+        ):
             cv2.imwrite(str(tmp_path / name), bgr, options)
             copy = score_image(decode(tmp_path / name))
             tolerance = {"a.jpg": 4.0}.get(name, 0)
@@ -162,9 +223,13 @@ def test_copies_score_alike(photos, tmp_path):
 def test_large_images_stay_comparable(photos):
     for bgr in photos:
         at_reference = cv2.resize(bgr, (640, 480), interpolation=cv2.INTER_CUBIC)
-        twice = cv2.resize(at_reference, (1280, 960), interpolation=cv2.INTER_NEAREST)  # reducing it gives the same pixels back
+        twice = cv2.resize(
+            at_reference, (1280, 960), interpolation=cv2.INTER_NEAREST
+        )  # reducing it gives the same pixels back
         small, large = score_image(at_reference), score_image(twice)
-        assert all(large[metric] == pytest.approx(small[metric], abs=0.5) for metric in ("sharpness", "brightness", "contrast"))
+        assert all(
+            large[metric] == pytest.approx(small[metric], abs=0.5) for metric in ("sharpness", "brightness", "contrast")
+        )
         assert large["color"] == pytest.approx(small["color"], abs=3)  # the grid falls on other pixels
         assert score_image(at_reference, size=(1280, 960))["resolution"] == large["resolution"] == 100
 
@@ -173,14 +238,32 @@ def test_large_images_stay_comparable(photos):
 
 
 @pytest.mark.parametrize(
-    "options", [{"sharpness_weight": 0.5}, {"color_weight": -0.1, "contrast_weight": 0.4}, {"sharpness_half": 0}, {"brightness_best": 255}, {"contrast_half": float("nan")}, {"reference_side": 0}], ids=str
+    "options",
+    [
+        {"sharpness_weight": 0.5},
+        {"color_weight": -0.1, "contrast_weight": 0.4},
+        {"sharpness_half": 0},
+        {"brightness_best": 255},
+        {"contrast_half": float("nan")},
+        {"reference_side": 0},
+    ],
+    ids=str,
 )
 def test_bad_settings(options):
     with pytest.raises(InputError):
         ScoreConfig(**options)
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)], ids=lambda a: f"{a.dtype}{a.shape}")
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+    ids=lambda a: f"{a.dtype}{a.shape}",
+)
 def test_bad_arrays(array):
     with pytest.raises(InputError, match="uint8"):
         score_image(array)
@@ -202,7 +285,13 @@ def test_table(folder):
 
 def test_the_same_table_for_any_workers_and_backend(folder):
     tables = [score_folder(folder, workers=workers, progress=False) for workers in (1, 2, 7)]
-    rows = parallel_map(functools.partial(measure_file, str(folder), 640), find_images(folder), backend="process", workers=2, progress=False)
+    rows = parallel_map(
+        functools.partial(measure_file, str(folder), 640),
+        find_images(folder),
+        backend="process",
+        workers=2,
+        progress=False,
+    )
     by_process = pd.DataFrame(list(rows), columns=COLUMNS)
     by_process[[*METRICS, "quality"]] = pd.DataFrame(scores(by_process))
     for other in (*tables[1:], by_process):
@@ -251,10 +340,18 @@ def test_journal_resumes_and_notices_changes(folder, tmp_path, monkeypatch):
     cv2.imwrite(str(folder / "07.jpg"), texture(99, 60, 80))  # another picture under the same name
     os.utime(folder / "08.jpg", ns=(1, 1))  # touched
     table = score_folder(folder, journal=journal, progress=False)
-    assert sorted(calls) == ["07.jpg", "08.jpg"] and table.quality[7] != first.quality[7] and table.quality[8] == first.quality[8]
+    assert (
+        sorted(calls) == ["07.jpg", "08.jpg"]
+        and table.quality[7] != first.quality[7]
+        and table.quality[8] == first.quality[8]
+    )
     calls.clear()
     other = ScoreConfig(sharpness_half=10)
-    pd.testing.assert_frame_equal(score_folder(folder, other, journal=journal, progress=False), score_folder(folder, other, progress=False), check_exact=True)
+    pd.testing.assert_frame_equal(
+        score_folder(folder, other, journal=journal, progress=False),
+        score_folder(folder, other, progress=False),
+        check_exact=True,
+    )
     calls.clear()
     score_folder(folder, ScoreConfig(reference_side=30), journal=journal, progress=False)
     assert len(calls) == 30  # what it is measured at has changed
@@ -321,7 +418,9 @@ def test_real_photos_spread(real_data):
     q = table.quality.quantile([0, 0.05, 0.5, 0.95, 1])
     assert 60 < q[0.5] < 72 and 70 < q[1] < 90 and q[0.95] - q[0.05] > 15
     assert (table.quality < 40).mean() < 0.01  # sound photos pass the default threshold ...
-    dark = [score_image((decode(real_data / "lfw/images" / p) * 0.15).astype(np.uint8))["quality"] for p in table.path[::50]]
+    dark = [
+        score_image((decode(real_data / "lfw/images" / p) * 0.15).astype(np.uint8))["quality"] for p in table.path[::50]
+    ]
     assert max(dark) < 40  # ... and these do not
     assert table.sharpness.max() < 100 and table.color.min() == 0
 

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.demo_tags import load_tagged, tag_table, tagged_photos
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import PRESETS
-from calib_nb.tags.coco import COCO_CATEGORIES, EpochBatches, TagDataset, evaluation_chain, jitter, load_coco, random_crop, sound_entries
+from calib_nb.tags.coco import (
+    COCO_CATEGORIES,
+    EpochBatches,
+    TagDataset,
+    evaluation_chain,
+    jitter,
+    load_coco,
+    random_crop,
+    sound_entries,
+)
+from calib_nb.tags.demo_drawings import load_tagged, tag_table, tagged_photos
 from calib_nb.tags.evaluate import evaluate_tagger, open_tagger, predict_tags
 
 TRUTH = {
@@ -22,7 +31,14 @@ TRUTH = {
     "categories": [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}],
     "annotations": [{"id": k, "image_id": k % 4, "category_id": (3, 9)[k % 2], "iscrowd": k % 2} for k in range(6)],
 }
-JUNK = st.one_of(st.none(), st.integers(-5, 20), st.text(max_size=4), st.floats(allow_nan=False), st.lists(st.integers(), max_size=2), st.dictionaries(st.sampled_from(["id", "image_id", "category_id", "file_name"]), st.integers(), max_size=3))
+JUNK = st.one_of(
+    st.none(),
+    st.integers(-5, 20),
+    st.text(max_size=4),
+    st.floats(allow_nan=False),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.sampled_from(["id", "image_id", "category_id", "file_name"]), st.integers(), max_size=3),
+)
 
 
 @given(st.lists(JUNK, max_size=4), st.lists(JUNK, max_size=4))
@@ -46,7 +62,11 @@ def photos(tmp_path_factory):
 
 def test_a_sound_set_loads_as_the_plain_reader_has_it(photos):
     tags = load_coco(photos, progress=False)
-    assert tags.table.equals(load_tagged(photos)) and not len(tags.report) and np.array_equal(tags.targets, load_tagged(photos).iloc[:, 1:])
+    assert (
+        tags.table.equals(load_tagged(photos))
+        and not len(tags.report)
+        and np.array_equal(tags.targets, load_tagged(photos).iloc[:, 1:])
+    )
 
 
 def test_every_kind_of_damage_is_named_and_counted(tmp_path, caplog):
@@ -56,13 +76,32 @@ def test_every_kind_of_damage_is_named_and_counted(tmp_path, caplog):
     (folder / "000002.jpg").write_bytes(b"")
     (folder / "000003.jpg").write_bytes((folder / "000003.jpg").read_bytes()[:500])
     (folder / "000004.jpg").write_text("not a picture")
-    truth["annotations"] += [{"id": 77, "image_id": 5, "category_id": 1000}, {"id": 78, "image_id": 1000, "category_id": 1}, "junk"]
+    truth["annotations"] += [
+        {"id": 77, "image_id": 5, "category_id": 1000},
+        {"id": 78, "image_id": 1000, "category_id": 1},
+        "junk",
+    ]
     truth["images"].append({"id": 99, "file_name": "../secret.jpg"})
     file.write_text(json.dumps(truth))
     with caplog.at_level(logging.WARNING):
         tags = load_coco(file, progress=False)
-    assert tags.counts()["count"].to_dict() == {"damaged annotation": 1, "damaged image": 3, "missing image": 1, "outside the folder": 1, "unknown category id": 1, "unknown image id": 1}
-    assert len(tags.table) == 6 and {"000001.jpg", "000002.jpg", "000003.jpg", "000004.jpg", "annotation 77", "annotation 78", "image 99"} <= set(tags.report["where"])
+    assert tags.counts()["count"].to_dict() == {
+        "damaged annotation": 1,
+        "damaged image": 3,
+        "missing image": 1,
+        "outside the folder": 1,
+        "unknown category id": 1,
+        "unknown image id": 1,
+    }
+    assert len(tags.table) == 6 and {
+        "000001.jpg",
+        "000002.jpg",
+        "000003.jpg",
+        "000004.jpg",
+        "annotation 77",
+        "annotation 78",
+        "image 99",
+    } <= set(tags.report["where"])
     assert "3 x damaged image" in caplog.text and caplog.text.count("\n") == 1
     for p in folder.glob("*.jpg"):
         p.unlink()
@@ -87,16 +126,23 @@ def test_the_parts_of_an_epoch_are_its_batches(photos, per_piece, world, accumul
     given, wanted = [list(r) for r in ranks], list(whole)
     assert all(len(pieces) == len(r) == len(wanted) * accumulate for pieces, r in zip(given, ranks))
     for k, keys in enumerate(wanted):
-        assert sorted(keys) == sorted(key for pieces in given for piece in pieces[k * accumulate : (k + 1) * accumulate] for key in piece)
+        assert sorted(keys) == sorted(
+            key for pieces in given for piece in pieces[k * accumulate : (k + 1) * accumulate] for key in piece
+        )
     numbers = [n for keys in wanted for _, n in keys]
     assert len(set(numbers)) == len(numbers) == photos // batch * batch
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(8, 90), st.integers(8, 90), st.integers(8, 40), st.floats(0.3, 1), st.floats(0, 0.9), st.integers(0, 99))
+@given(
+    st.integers(8, 90), st.integers(8, 90), st.integers(8, 40), st.floats(0.3, 1), st.floats(0, 0.9), st.integers(0, 99)
+)
 def test_pieces_have_their_size_whatever_the_photo(height, width, size, crop, strength, seed):
     photo = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    made = [jitter(random_crop(photo, size, round(size / crop), rng), strength, rng) for rng in (np.random.default_rng(seed) for _ in range(2))]
+    made = [
+        jitter(random_crop(photo, size, round(size / crop), rng), strength, rng)
+        for rng in (np.random.default_rng(seed) for _ in range(2))
+    ]
     assert made[0].shape == (size, size, 3) and made[0].dtype == np.uint8 and np.array_equal(*made)
 
 
@@ -122,7 +168,9 @@ def test_the_evaluation_geometry_is_torchvisions(photos):
     wanted = np.asarray(image.crop((left, top, left + 56, top + 56)), np.float32) / 255
     wanted = (wanted - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert np.allclose(evaluation_chain(56)(bgr)[0].transpose(1, 2, 0), wanted, atol=1e-5)
-    assert evaluation_chain(56).value_range() == pytest.approx((PRESETS["resnet-tags"].low, PRESETS["resnet-tags"].high))
+    assert evaluation_chain(56).value_range() == pytest.approx(
+        (PRESETS["resnet-tags"].low, PRESETS["resnet-tags"].high)
+    )
 
 
 def test_real_coco_loads_whole(real_data):
@@ -148,13 +196,26 @@ def test_a_real_detector_is_a_tagger(real_data):
 
 @pytest.mark.slow
 def test_a_real_detector_in_int8_goes_through_the_same_comparison(real_data, tmp_path):
-    from calib_nb.quant.auto import quantize_by
-    from calib_nb.quant.evaluate import compare
+    from calib_nb.analysis.compare import compare
+    from calib_nb.quant.recipe import quantize_by
 
-    model, val = real_data / "models/FastestDet_opset13.onnx", load_coco(real_data / "coco/instances_val.json", progress=False)
+    model, val = (
+        real_data / "models/FastestDet_opset13.onnx",
+        load_coco(real_data / "coco/instances_val.json", progress=False),
+    )
     tagger = open_tagger(model)
     calibration = load_coco(real_data / "coco/instances_train.json", progress=False).table.path.tolist()[:100]
-    int8 = quantize_by("minmax", model, calibration, tagger.preprocess, tmp_path / "int8.onnx", progress=False).model.path
-    done = compare(model, {"int8": int8}, tagger.task(val.table, tagger.preprocess), bootstrap=200, latency_runs=2, progress=False)
-    assert done.table["map"][0] == pytest.approx(0.706, abs=0.002) and done.primary == "map" and done.table["drop"][1] < 0.1
-    assert evaluate_tagger(open_tagger(int8), val, latency_runs=1, progress=False).map == pytest.approx(done.table["map"][1], abs=1e-9)
+    int8 = quantize_by(
+        "minmax", model, calibration, tagger.preprocess, tmp_path / "int8.onnx", progress=False
+    ).model.path
+    done = compare(
+        model, {"int8": int8}, tagger.task(val.table, tagger.preprocess), bootstrap=200, latency_runs=2, progress=False
+    )
+    assert (
+        done.table["map"][0] == pytest.approx(0.706, abs=0.002)
+        and done.primary == "map"
+        and done.table["drop"][1] < 0.1
+    )
+    assert evaluate_tagger(open_tagger(int8), val, latency_runs=1, progress=False).map == pytest.approx(
+        done.table["map"][1], abs=1e-9
+    )

@@ -9,19 +9,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from calib_nb.core.errors import InputError, ModelError
-from calib_nb.core.resnet import resnet
 from calib_nb.core.run import sha256_file
-from calib_nb.data.demo_tags import tagged_photos
+from calib_nb.nets.lsq import prepare_lsq
+from calib_nb.nets.resnet import resnet
 from calib_nb.tags.coco import load_coco
+from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.evaluate import evaluate_tagger, open_tagger
-from calib_nb.tags.lsq import prepare_lsq
-from calib_nb.tags.resnet import TaggerSpec, save_tagger
+from calib_nb.tags.network import TaggerSpec, save_tagger
 
 pytest.importorskip("executorch", reason="the extra executorch is not installed: pip install 'calib-nb[executorch]'")
 
-from calib_nb.tags.convert import integer_program, output_steps, settled
+from calib_nb.nets.convert import integer_program, output_steps, settled
+from calib_nb.nets.pte import BACKENDS, PteSession, check_pte, partitioner, write_pte
 from calib_nb.tags.export import calibration_photos, export_checkpoint
-from calib_nb.tags.pte import BACKENDS, PteSession, check_pte, partitioner, write_pte
 
 SPEC = TaggerSpec("resnet18", ("disc", "square", "triangle"), 8, 32, 0.8)
 
@@ -58,20 +58,41 @@ def steps_apart(net, tmp_path, **steps):
     return output_steps(module, x, outputs).max()
 
 
-@pytest.mark.parametrize("steps", [{}, pytest.param({"per_channel": False}, marks=pytest.mark.slow), pytest.param({"weight_bits": 4}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {},
+        pytest.param({"per_channel": False}, marks=pytest.mark.slow),
+        pytest.param({"weight_bits": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_pte_with_learned_steps_is_within_one_step_of_torch_on_every_photo(steps, tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
     assert steps_apart(net, tmp_path, **steps) <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [{}, {"per_channel": False}, {"weight_bits": 4}, {"per_channel": False, "ends": True}])
+@pytest.mark.parametrize(
+    "steps", [{}, {"per_channel": False}, {"weight_bits": 4}, {"per_channel": False, "ends": True}]
+)
 def test_a_resnet_with_learned_steps_is_within_one_step_too(steps, tmp_path):
     assert steps_apart(network(), tmp_path, **steps) <= 1
 
 
-@pytest.mark.parametrize("mode", ["fp32", pytest.param("int8", marks=pytest.mark.slow), pytest.param("qat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["fp32", pytest.param("int8", marks=pytest.mark.slow), pytest.param("qat", marks=pytest.mark.slow)]
+)
 def test_export_writes_both_files_and_they_agree(mode, files, tmp_path):
     checkpoint = files / ("learned.pth" if mode == "qat" else "float.pth")
     done = export_checkpoint(checkpoint, tmp_path, mode=mode, photos=files / "photos/images", calibration_samples=6)
@@ -102,7 +123,14 @@ def test_a_backend_without_its_tools_says_what_to_install(backend, files, tmp_pa
 
 @pytest.mark.slow
 def test_portable_needs_no_backend(files, tmp_path):
-    assert partitioner("portable") == [] and set(BACKENDS) == {"xnnpack", "portable", "vulkan", "samsung", "qualcomm", "mediatek"}
+    assert partitioner("portable") == [] and set(BACKENDS) == {
+        "xnnpack",
+        "portable",
+        "vulkan",
+        "samsung",
+        "qualcomm",
+        "mediatek",
+    }
     assert export_checkpoint(files / "float.pth", tmp_path, backend="portable").difference < 1e-3
 
 
@@ -126,11 +154,29 @@ def test_calibration_photos_are_the_products_own_choice(files):
 def test_the_command_line(files, tmp_path):
     from calib_nb.commands.tags import app
 
-    done = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "learned.pth"), "--qat", "--model", "resnet18", "--output", str(tmp_path)])
-    assert done.exit_code == 0 and "off from torch by" in done.output and "NNAPI through ONNX Runtime Mobile" in done.output, done.exception
+    done = CliRunner().invoke(
+        app,
+        [
+            "export",
+            "--checkpoint",
+            str(files / "learned.pth"),
+            "--qat",
+            "--model",
+            "resnet18",
+            "--output",
+            str(tmp_path),
+        ],
+    )
+    assert (
+        done.exit_code == 0
+        and "off from torch by" in done.output
+        and "NNAPI through ONNX Runtime Mobile" in done.output
+    ), done.exception
     pte = tmp_path / "resnet18_multilabel_qat_xnnpack.pte"
     assert json.loads(PteSession(pte).notes["tagger"])["classes"] == list(SPEC.classes)
-    said = CliRunner().invoke(app, ["predict", str(files / "photos/images/000001.jpg"), "--pte", str(pte), "--threshold", "0"])
+    said = CliRunner().invoke(
+        app, ["predict", str(files / "photos/images/000001.jpg"), "--pte", str(pte), "--threshold", "0"]
+    )
     assert said.exit_code == 0 and "disc" in said.output
     wrong = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "float.pth"), "--int8", "--qat"])
     assert wrong.exception.exit_code == 2

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from calib_nb.core.errors import InputError, ModelError
-from calib_nb.core.resnet import fold_batchnorm, resnet
-from calib_nb.data.demo_tags import tagged_photos
-from calib_nb.npu.contract import open_session
+from calib_nb.graph.contract import open_session
+from calib_nb.nets.convert import convert_onnx, output_steps, plain_network, settled
+from calib_nb.nets.lsq import Quantizer, initial_step, levels, lsq, prepare_lsq, quantizers
+from calib_nb.nets.resnet import fold_batchnorm, resnet
 from calib_nb.tags.config import load_train_config
-from calib_nb.tags.convert import convert_onnx, output_steps, plain_network, settled
-from calib_nb.tags.lsq import Quantizer, initial_step, levels, lsq, prepare_lsq, quantizers
+from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.network import load_tagger
 from calib_nb.tags.qat import QatConfig, train_qat
-from calib_nb.tags.resnet import load_tagger
 from calib_nb.tags.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,11 +35,19 @@ def network(name="resnet18", width=8):
     return made
 
 
-@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30), st.floats(0.05, 4), st.integers(2, 8), st.booleans())
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30),
+    st.floats(0.05, 4),
+    st.integers(2, 8),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_gradients_are_the_papers(values, step, bits, signed):
     lowest, highest = levels(bits, signed)
-    v, s = torch.tensor(values, dtype=torch.float64, requires_grad=True), torch.tensor(step, dtype=torch.float64, requires_grad=True)
+    v, s = (
+        torch.tensor(values, dtype=torch.float64, requires_grad=True),
+        torch.tensor(step, dtype=torch.float64, requires_grad=True),
+    )
     out = lsq(v, s, lowest, highest, count=len(values))
     out.sum().backward()
     wanted = 0.0
@@ -54,7 +62,10 @@ def test_gradients_are_the_papers(values, step, bits, signed):
 
 def test_where_nothing_is_rounded_finite_differences_agree():
     v = torch.tensor([-30.0, 40.0, 55.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: lsq(v, s, -1, 1, 1) * torch.tensor([1.0, 2.0, 3.0]), torch.tensor(0.9, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        lambda s: lsq(v, s, -1, 1, 1) * torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor(0.9, dtype=torch.float64, requires_grad=True),
+    )
 
 
 def test_first_steps():
@@ -71,10 +82,15 @@ def test_first_and_last_layer_stay_float_and_eight_bits_change_little(name):
     ready = prepare_lsq(net, x)
     total = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules())
     assert len(list(quantizers(ready, weights=True))) == total - 2
-    assert torch.equal(ready.conv1.weight, fold_batchnorm(net).conv1.weight) and torch.equal(ready.fc.weight, net.fc.weight)
+    assert torch.equal(ready.conv1.weight, fold_batchnorm(net).conv1.weight) and torch.equal(
+        ready.fc.weight, net.fc.weight
+    )
     assert all(q.step > 0 for _, q in quantizers(ready))
     with torch.no_grad():
-        noise = [float((prepare_lsq(net, x, weight_bits=b, activation_bits=b)(x) - net(x)).norm() / net(x).norm()) for b in (8, 4, 2)]
+        noise = [
+            float((prepare_lsq(net, x, weight_bits=b, activation_bits=b)(x) - net(x)).norm() / net(x).norm())
+            for b in (8, 4, 2)
+        ]
     assert noise[0] < noise[1] < noise[2]
 
 
@@ -99,7 +115,15 @@ def test_a_layer_keeps_accuracy_in_the_order_of_its_bits():
     assert errors[0] < errors[1] < errors[2] and errors[0] < 1.5 * whole
 
 
-@pytest.mark.parametrize(("steps", "profile"), [({}, "ort-cpu"), ({"weight_bits": 4}, "ort-cpu"), ({"per_channel": False}, "ort-cpu"), ({"per_channel": False, "ends": True}, "per-tensor-npu")])
+@pytest.mark.parametrize(
+    ("steps", "profile"),
+    [
+        ({}, "ort-cpu"),
+        ({"weight_bits": 4}, "ort-cpu"),
+        ({"per_channel": False}, "ort-cpu"),
+        ({"per_channel": False, "ends": True}, "per-tensor-npu"),
+    ],
+)
 def test_the_onnx_file_computes_what_the_training_computed(steps, profile, tmp_path):
     net, x = network(), torch.randn(12, 3, 48, 48)
     module = settled(prepare_lsq(net, x, **steps))
@@ -123,13 +147,25 @@ def floating(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("qat")
     photos = tagged_photos(folder / "photos", 80, size=40, classes=3, graded=False)
-    recipe = [f"{k}={v}" for k, v in dict(train=photos, width=8, size=32, batch=16, workers=0, tensorboard=False, val_share=0.3).items()]
-    return recipe, train(load_train_config(None, [*recipe, f"output={folder / 'float'}", "epochs=1"]), progress=False).best
+    recipe = [
+        f"{k}={v}"
+        for k, v in dict(train=photos, width=8, size=32, batch=16, workers=0, tensorboard=False, val_share=0.3).items()
+    ]
+    return recipe, train(
+        load_train_config(None, [*recipe, f"output={folder / 'float'}", "epochs=1"]), progress=False
+    ).best
 
 
 def qat(floating, output, **more):
     recipe, checkpoint = floating
-    return train_qat(load_train_config(None, [*recipe, f"output={output}", f"checkpoint={checkpoint}", *(f"{k}={v}" for k, v in more.items())], model=QatConfig), progress=False)
+    return train_qat(
+        load_train_config(
+            None,
+            [*recipe, f"output={output}", f"checkpoint={checkpoint}", *(f"{k}={v}" for k, v in more.items())],
+            model=QatConfig,
+        ),
+        progress=False,
+    )
 
 
 def test_an_interrupted_qat_ends_with_the_same_weights(floating, tmp_path, monkeypatch):

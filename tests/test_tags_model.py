@@ -8,17 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calib_nb.core.checkpoint import load_imagenet
 from calib_nb.core.errors import ModelError
-from calib_nb.core.resnet import LAYOUTS, fold_batchnorm, resnet
+from calib_nb.nets.checkpoint import load_imagenet
+from calib_nb.nets.resnet import LAYOUTS, fold_batchnorm, resnet
 from calib_nb.tags.coco import COCO_CATEGORIES
 from calib_nb.tags.evaluate import export_tagger, open_tagger
 from calib_nb.tags.losses import asymmetric, cross_entropy, focal
 from calib_nb.tags.metrics import AVERAGES, best_threshold, deal_rows, tag_rates, threshold_curve
-from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger, save_tagger
+from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger, save_tagger
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-PUBLISHED = {"resnet18": ((2, 2, 2, 2), 2), "resnet34": ((3, 4, 6, 3), 2), "resnet50": ((3, 4, 6, 3), 3)}  # blocks per stage, convolutions per block
+PUBLISHED = {
+    "resnet18": ((2, 2, 2, 2), 2),
+    "resnet34": ((3, 4, 6, 3), 2),
+    "resnet50": ((3, 4, 6, 3), 3),
+}  # blocks per stage, convolutions per block
 
 
 def published_keys(name: str) -> list[str]:
@@ -39,7 +43,10 @@ def published_keys(name: str) -> list[str]:
 def test_the_weights_are_named_and_counted_as_published(name):
     module = resnet(name, 80)
     assert list(module.state_dict()) == published_keys(name)
-    assert sum(p.numel() for p in module.parameters()) == {"resnet18": 11_217_552, "resnet34": 21_325_712, "resnet50": 23_671_952}[name]
+    assert (
+        sum(p.numel() for p in module.parameters())
+        == {"resnet18": 11_217_552, "resnet34": 21_325_712, "resnet50": 23_671_952}[name]
+    )
     assert list(LAYOUTS) == list(PUBLISHED)
     shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     wide = 512 if name != "resnet50" else 2048
@@ -69,7 +76,9 @@ def test_imagenet_weights_load_and_the_head_stays(tmp_path):
     module = build_tagger(TaggerSpec("resnet18", tuple(COCO_CATEGORIES.values())))
     head = module.fc.weight.clone()
     assert load_imagenet(module, tmp_path / "resnet18.pth") == ["fc.weight", "fc.bias"]
-    assert torch.equal(module.layer4[1].conv2.weight, published["layer4.1.conv2.weight"]) and torch.equal(module.fc.weight, head)
+    assert torch.equal(module.layer4[1].conv2.weight, published["layer4.1.conv2.weight"]) and torch.equal(
+        module.fc.weight, head
+    )
     assert load_imagenet(resnet("resnet18"), tmp_path / "resnet18.pth") == []  # a head that fits is loaded
 
 
@@ -104,13 +113,21 @@ def test_an_exported_tagger_says_what_it_is(tmp_path):
 
 
 @settings(deadline=None)
-@given(hnp.arrays(np.float64, (4, 3), elements=st.floats(-30, 30)), hnp.arrays(np.int8, (4, 3), elements=st.integers(0, 1)), st.floats(0, 5))
+@given(
+    hnp.arrays(np.float64, (4, 3), elements=st.floats(-30, 30)),
+    hnp.arrays(np.int8, (4, 3), elements=st.integers(0, 1)),
+    st.floats(0, 5),
+)
 def test_the_losses_meet_in_their_limits(logits, targets, gamma):
     x, y = torch.from_numpy(logits), torch.from_numpy(targets).double()
     bce = cross_entropy(x, y)
     assert torch.allclose(bce, torch.nn.functional.binary_cross_entropy_with_logits(x, y))
-    assert torch.allclose(focal(x, y, gamma=0), bce) and torch.allclose(asymmetric(x, y, gamma_positive=0, gamma_negative=0, margin=0), bce)
-    assert torch.allclose(asymmetric(x, y, gamma_positive=gamma, gamma_negative=gamma, margin=0), focal(x, y, gamma=gamma))
+    assert torch.allclose(focal(x, y, gamma=0), bce) and torch.allclose(
+        asymmetric(x, y, gamma_positive=0, gamma_negative=0, margin=0), bce
+    )
+    assert torch.allclose(
+        asymmetric(x, y, gamma_positive=gamma, gamma_negative=gamma, margin=0), focal(x, y, gamma=gamma)
+    )
     assert focal(x, y, gamma=gamma) <= bce + 1e-12 and asymmetric(x, y) >= 0
 
 
@@ -120,7 +137,9 @@ def test_rates_are_scikit_learns(said, targets):
         shown = None if average == "micro" else np.flatnonzero(targets.any(0))
         if shown is not None and not len(shown):
             continue
-        wanted = sklearn.metrics.precision_recall_fscore_support(targets, said, average=average, labels=shown, zero_division=0)[:3]
+        wanted = sklearn.metrics.precision_recall_fscore_support(
+            targets, said, average=average, labels=shown, zero_division=0
+        )[:3]
         assert np.allclose(list(tag_rates(said, targets, average).values()), wanted)
 
 
@@ -129,7 +148,9 @@ def test_the_threshold_is_the_best_there_is():
     targets = rng.integers(0, 2, (300, 5))
     probabilities = np.clip(0.3 * targets + rng.random((300, 5)) * 0.6, 0, 1)
     curve = threshold_curve(probabilities, targets)
-    wanted = [sklearn.metrics.f1_score(targets, probabilities > t, average="micro", zero_division=0) for t in curve.threshold]
+    wanted = [
+        sklearn.metrics.f1_score(targets, probabilities > t, average="micro", zero_division=0) for t in curve.threshold
+    ]
     assert np.allclose(curve.f1, wanted) and curve.f1[curve.threshold == best_threshold(curve)].item() == max(wanted)
 
 

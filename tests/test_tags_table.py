@@ -13,9 +13,25 @@ from calib_nb.tags.table import class_drops, map_drop, moved_photos
 
 def evaluation(scores, targets):
     names = [f"c{k}" for k in range(targets.shape[1])]
-    units = pd.DataFrame(np.hstack([scores, targets]), columns=[f"{kind}_{c}" for kind in ("score", "target") for c in names])
-    per_class = pd.DataFrame({"category": names, "average_precision": average_precision(scores, targets), "photos": targets.sum(0)})
-    return TagEvaluation(tag_map(scores, targets), len(scores), 0.5, len(scores), pd.DataFrame(), per_class, pd.DataFrame(), 1.0, 1.0, 0.0, units)
+    units = pd.DataFrame(
+        np.hstack([scores, targets]), columns=[f"{kind}_{c}" for kind in ("score", "target") for c in names]
+    )
+    per_class = pd.DataFrame(
+        {"category": names, "average_precision": average_precision(scores, targets), "photos": targets.sum(0)}
+    )
+    return TagEvaluation(
+        tag_map(scores, targets),
+        len(scores),
+        0.5,
+        len(scores),
+        pd.DataFrame(),
+        per_class,
+        pd.DataFrame(),
+        1.0,
+        1.0,
+        0.0,
+        units,
+    )
 
 
 @settings(max_examples=20, deadline=None)

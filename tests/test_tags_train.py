@@ -17,12 +17,12 @@ import pandas as pd
 import pytest
 import torch
 
-from calib_nb.core.checkpoint import read_checkpoint
 from calib_nb.core.errors import CheckFailed, InputError
-from calib_nb.data.demo_tags import tagged_photos
+from calib_nb.nets.checkpoint import read_checkpoint
 from calib_nb.tags.config import load_train_config
+from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.download import Archive, download_coco
-from calib_nb.tags.resnet import TaggerSpec, build_tagger, load_tagger
+from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger
 from calib_nb.tags.train import checkpoint_config, train
 
 SCRIPT = "import sys; from calib_nb.cli import main; sys.exit(main())"
@@ -38,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(photos, output, **more):
-    recipe = dict(train=photos, output=output, width=8, size=32, batch=16, epochs=3, workers=0, tensorboard=False) | more
+    recipe = (
+        dict(train=photos, output=output, width=8, size=32, batch=16, epochs=3, workers=0, tensorboard=False) | more
+    )
     return [f"{k}={v}" for k, v in recipe.items()]
 
 
@@ -70,21 +72,57 @@ def test_a_killed_training_ends_as_if_nothing_had_been(photos, whole, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "moved")
     again = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "best: " in again.stdout, again.stderr
-    assert np.array_equal(losses(pd.read_csv(tmp_path / "run/history.csv")), losses(pd.read_csv(whole.folder / "history.csv")))
-    elsewhere = train(load_train_config(None, settings(photos, tmp_path / "elsewhere")), resume=tmp_path / "moved/last.pth", progress=False)
-    on = train(checkpoint_config(tmp_path / "moved/last.pth"), progress=False)  # in its own folder, wherever that is now
-    one, *others = (load_tagger(p)[0].state_dict() for p in (whole.last, tmp_path / "run/last.pth", elsewhere.last, on.last))
+    assert np.array_equal(
+        losses(pd.read_csv(tmp_path / "run/history.csv")), losses(pd.read_csv(whole.folder / "history.csv"))
+    )
+    elsewhere = train(
+        load_train_config(None, settings(photos, tmp_path / "elsewhere")),
+        resume=tmp_path / "moved/last.pth",
+        progress=False,
+    )
+    on = train(
+        checkpoint_config(tmp_path / "moved/last.pth"), progress=False
+    )  # in its own folder, wherever that is now
+    one, *others = (
+        load_tagger(p)[0].state_dict() for p in (whole.last, tmp_path / "run/last.pth", elsewhere.last, on.last)
+    )
     assert all(torch.equal(one[k], other[k]) for other in others for k in one)
-    assert on.folder == tmp_path / "moved" and read_checkpoint(elsewhere.best)["epoch"] == read_checkpoint(whole.best)["epoch"]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.endswith(".tmp")) == ["best.pth", "config.yaml", "history.csv", "last.pth"]
+    assert (
+        on.folder == tmp_path / "moved"
+        and read_checkpoint(elsewhere.best)["epoch"] == read_checkpoint(whole.best)["epoch"]
+    )
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.endswith(".tmp")) == [
+        "best.pth",
+        "config.yaml",
+        "history.csv",
+        "last.pth",
+    ]
 
 
 def test_two_processes_train_as_one_does_in_two_pieces(photos, tmp_path):
     one = run(photos, tmp_path / "one", accumulate=2, epochs=2)
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "c.yaml").write_text("")  # everything is told on the command line
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py"), "tags", "train", "--config", str(tmp_path / "c.yaml")]
-    done = subprocess.run([*command, *settings(photos, tmp_path / "two", epochs=2, device="cpu")], env=ENV, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "script.py"),
+        "tags",
+        "train",
+        "--config",
+        str(tmp_path / "c.yaml"),
+    ]
+    done = subprocess.run(
+        [*command, *settings(photos, tmp_path / "two", epochs=2, device="cpu")],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = pd.read_csv(tmp_path / "two/history.csv")
     assert np.allclose(two.train_loss, one.history.train_loss, rtol=1e-4) and done.stdout.count("best: ") == 1
@@ -94,7 +132,9 @@ def test_two_processes_train_as_one_does_in_two_pieces(photos, tmp_path):
 
 def test_mixed_precision_is_near_full_precision(photos, tmp_path):
     full, half = (run(photos, tmp_path / amp, amp=amp, epochs=1) for amp in ("off", "bf16"))
-    assert full.history.train_loss[0] != half.history.train_loss[0] == pytest.approx(full.history.train_loss[0], rel=0.05)
+    assert (
+        full.history.train_loss[0] != half.history.train_loss[0] == pytest.approx(full.history.train_loss[0], rel=0.05)
+    )
     assert load_tagger(half.last)[0].conv1.weight.dtype == torch.float32
 
 
@@ -123,7 +163,9 @@ def test_pretrained_weights_are_where_it_starts(photos, tmp_path):
     torch.manual_seed(5)
     published = build_tagger(TaggerSpec("resnet18", tuple(map(str, range(1000))), width=8))
     torch.save(published.state_dict(), tmp_path / "imagenet.pth")
-    done = run(photos, tmp_path / "run", weights=tmp_path / "imagenet.pth", learning_rate=1e-12, weight_decay=0, epochs=1)
+    done = run(
+        photos, tmp_path / "run", weights=tmp_path / "imagenet.pth", learning_rate=1e-12, weight_decay=0, epochs=1
+    )
     assert torch.allclose(load_tagger(done.last)[0].layer3[0].conv1.weight, published.layer3[0].conv1.weight, atol=1e-6)
 
 
@@ -156,7 +198,11 @@ def test_the_best_epoch_is_kept(photos, tmp_path, monkeypatch):
     scores = iter([0.2, 0.9, 0.5])
     monkeypatch.setattr("calib_nb.tags.train.tag_map", lambda *_: next(scores))
     done = run(photos, tmp_path / "run")
-    assert read_checkpoint(done.best)["epoch"] == 2 and read_checkpoint(done.last)["epoch"] == 3 and list(done.history.val_map) == [0.2, 0.9, 0.5]
+    assert (
+        read_checkpoint(done.best)["epoch"] == 2
+        and read_checkpoint(done.last)["epoch"] == 3
+        and list(done.history.val_map) == [0.2, 0.9, 0.5]
+    )
     assert "optimizer" not in read_checkpoint(done.best) and done.best.stat().st_size < 0.7 * done.last.stat().st_size
 
 
@@ -170,7 +216,9 @@ def test_impossible_batches_are_refused(photos, tmp_path):
 
 
 def shell(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "download"])
@@ -229,7 +277,12 @@ def test_a_download_is_resumed_and_a_spoiled_part_does_not_last(tmp_path):
     data = (source / "val2017.zip").read_bytes()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Breaking, directory=str(source))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        archive = Archive(f"http://127.0.0.1:{server.server_port}/val2017.zip", len(data), "sha256:" + sha256(data).hexdigest(), "val2017")
+        archive = Archive(
+            f"http://127.0.0.1:{server.server_port}/val2017.zip",
+            len(data),
+            "sha256:" + sha256(data).hexdigest(),
+            "val2017",
+        )
         dest = tmp_path / "coco"
         dest.mkdir()
         (dest / "val2017.zip.part").write_bytes(b"x" * 100_000)  # what arrived once was not right
@@ -238,4 +291,7 @@ def test_a_download_is_resumed_and_a_spoiled_part_does_not_last(tmp_path):
         assert not list(dest.iterdir())
         assert download_coco(dest, archives=[archive], progress=False) == [dest / "val2017"]
         server.shutdown()
-    assert sorted(p.name for p in dest.rglob("*.jpg")) == [f"{k}.jpg" for k in range(4)] and sum(p.stat().st_size for p in dest.rglob("*.jpg")) == 360_000
+    assert (
+        sorted(p.name for p in dest.rglob("*.jpg")) == [f"{k}.jpg" for k in range(4)]
+        and sum(p.stat().st_size for p in dest.rglob("*.jpg")) == 360_000
+    )

@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import InputError, ModelError
-from calib_nb.npu.contract import fix_batch
-from calib_nb.quant.graph import Graph, activations, load_graph, macs, run, simplify
+from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.model import Graph, load_graph, open_graph, run
+from calib_nb.graph.simplify import activations, macs, simplify
 from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, codes, kernel_rows, weight_grid
-from calib_nb.quant.nodes import open_graph
-from calib_nb.quant.profile import PROFILES, Profile
+from calib_nb.quant.target import PROFILES, Profile
 from calib_nb.quant.write import computing, coverage, int8_nodes, int8_operators, write_qdq
 
-SYMMETRIC = Profile("symmetric", weight_per_channel=True, weight_symmetric=True, activation_signed=True, activation_symmetric=True)
-ASYMMETRIC = Profile("asymmetric", weight_per_channel=True, weight_symmetric=False, activation_signed=False, activation_symmetric=False)
+SYMMETRIC = Profile(
+    "symmetric", weight_per_channel=True, weight_symmetric=True, activation_signed=True, activation_symmetric=True
+)
+ASYMMETRIC = Profile(
+    "asymmetric", weight_per_channel=True, weight_symmetric=False, activation_signed=False, activation_symmetric=False
+)
 EVERY = [*PROFILES.values(), SYMMETRIC, ASYMMETRIC]
 CPU, NPU, XNN = (PROFILES[k] for k in ("ort-cpu", "per-tensor-npu", "xnnpack"))
 names = pytest.mark.parametrize("target", EVERY, ids=lambda p: p.name)
@@ -25,10 +29,17 @@ names = pytest.mark.parametrize("target", EVERY, ids=lambda p: p.name)
 
 def build(nodes, constants, shape=(1, 4, 8, 8), outputs=("y",), opset=17):
     """A Graph with input "x"; `nodes` are (operator, inputs, outputs, attributes), named after their operator and first output."""
-    tensors = [numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k) for k, v in constants.items()]
-    outs = [onnx.ValueInfoProto(name=name, type=helper.make_tensor_type_proto(TensorProto.FLOAT, None)) for name in outputs]
+    tensors = [
+        numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k)
+        for k, v in constants.items()
+    ]
+    outs = [
+        onnx.ValueInfoProto(name=name, type=helper.make_tensor_type_proto(TensorProto.FLOAT, None)) for name in outputs
+    ]
     made = [helper.make_node(op, i, o, name=f"{op}_{o[0]}", **k) for op, i, o, k in nodes]
-    graph = helper.make_graph(made, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], outs, tensors)
+    graph = helper.make_graph(
+        made, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], outs, tensors
+    )
     return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)).infer()
 
 
@@ -41,7 +52,10 @@ def seen(graph, images):
     """Min and max of everything that `activations` lists."""
     wanted = [name for name in activations(graph) if name not in graph.inputs]
     values = [{**run(graph, x, wanted), graph.inputs[0]: x} if wanted else {graph.inputs[0]: x} for x in images]
-    return pd.DataFrame({n: (min(v[n].min() for v in values), max(v[n].max() for v in values)) for n in activations(graph)}, index=["low", "high"]).T
+    return pd.DataFrame(
+        {n: (min(v[n].min() for v in values), max(v[n].max() for v in values)) for n in activations(graph)},
+        index=["low", "high"],
+    ).T
 
 
 def checked(graph):
@@ -72,7 +86,11 @@ def noise_db(a, b):
 def test_an_activation_grid_holds_its_range(low, width, target):
     high = low + width
     scale, zero = activation_grid(low, high, target)
-    assert scale.shape == zero.shape == () and scale.dtype == np.float32 and zero.dtype == (np.int8 if target.activation_signed else np.uint8)
+    assert (
+        scale.shape == zero.shape == ()
+        and scale.dtype == np.float32
+        and zero.dtype == (np.int8 if target.activation_signed else np.uint8)
+    )
     assert np.isfinite(scale) and scale >= np.finfo(np.float32).tiny
     bottom, top = target.activation_levels
     assert bottom <= zero <= top and (not target.activation_symmetric or zero == 0)
@@ -96,20 +114,37 @@ def test_other_bits_are_refused():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(EVERY), st.integers(1, 9), st.integers(1, 17), st.floats(-12, 12), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(EVERY),
+    st.integers(1, 9),
+    st.integers(1, 17),
+    st.floats(-12, 12),
+    st.booleans(),
+)
 def test_weights_fit_and_no_neighbours_overflow(seed, target, channels, width, decade, floored):
     rng = np.random.default_rng(seed)
-    w = (rng.normal(0.3, 1, (channels, width)) * 10 ** rng.uniform(decade - 2, decade, (channels, 1)) * (rng.random((channels, 1)) > 0.2)).astype(np.float32)
+    w = (
+        rng.normal(0.3, 1, (channels, width))
+        * 10 ** rng.uniform(decade - 2, decade, (channels, 1))
+        * (rng.random((channels, 1)) > 0.2)
+    ).astype(np.float32)
     floor = bias_floor(rng.normal(0, 1, channels), 10 ** rng.uniform(-6, 2)) if floored else 0.0
     q, scale, zero = weight_grid(w, 0, target, rows=kernel_rows(w), floor=floor)
-    assert q.dtype == zero.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == zero.shape == ((channels,) if target.weight_per_channel else ())
+    assert (
+        q.dtype == zero.dtype == np.int8
+        and scale.dtype == np.float32
+        and scale.shape == zero.shape == ((channels,) if target.weight_per_channel else ())
+    )
     assert np.isfinite(scale).all() and (scale > 0).all()
     each = np.broadcast_to(scale, channels).astype(np.float64)[:, None]
     back = (q.astype(np.float64) - np.broadcast_to(zero, channels)[:, None]) * each
     assert (np.abs(back - w) <= each * (0.5001 if target.weight_symmetric else 1.0001)).all()
     if target.weight_symmetric:
         pairs = np.pad(q.astype(int), ((0, 0), (0, width % 2))).reshape(channels, -1, 2)
-        assert (255 * np.maximum(pairs, 0).sum(2)).max(initial=0) <= 32767 and (255 * np.minimum(pairs, 0).sum(2)).min(initial=0) >= -32768
+        assert (255 * np.maximum(pairs, 0).sum(2)).max(initial=0) <= 32767 and (255 * np.minimum(pairs, 0).sum(2)).min(
+            initial=0
+        ) >= -32768
 
 
 @settings(max_examples=100, deadline=None)
@@ -121,13 +156,18 @@ def test_every_bias_fits_and_stays_exact(seed, decade, target):
     _, scale, _ = weight_grid(w, 0, target, rows=kernel_rows(w), floor=bias_floor(bias, sx))
     b, sb, zb = bias_grid(bias, sx, scale)
     assert b.dtype == zb.dtype == np.int32 and not zb.any() and np.allclose(sb, sx * scale, rtol=1e-6)
-    assert np.abs(b).max() <= 2**30 * 1.000001 and (np.abs(b * sb.astype(np.float64) - bias) <= 0.51 * sb + 1e-6 * np.abs(bias)).all()
+    assert (
+        np.abs(b).max() <= 2**30 * 1.000001
+        and (np.abs(b * sb.astype(np.float64) - bias) <= 0.51 * sb + 1e-6 * np.abs(bias)).all()
+    )
 
 
 def test_a_grid_in_use_is_kept_and_refined():
     w = np.array([[3.0, -2.0, 1.0, 0.0]], np.float32) * np.float32(0.37)
     q, scale, _ = weight_grid(w, 0, CPU)
-    assert np.allclose(q * scale, w, rtol=1e-6) and np.abs(q).max() == 126  # 42 times as fine as its own step, for the bias' sake
+    assert (
+        np.allclose(q * scale, w, rtol=1e-6) and np.abs(q).max() == 126
+    )  # 42 times as fine as its own step, for the bias' sake
 
 
 def test_the_scale_floor_of_a_tensor_is_the_largest():
@@ -194,12 +234,18 @@ def test_every_operator_on_every_target(case, target):
     images = noise(graph)
     int8 = checked(write_qdq(graph, seen(graph, images), target))
     assert graph.model.SerializeToString(deterministic=True) == before
-    assert int8.outputs == graph.outputs and int8.inputs == graph.inputs and set(computing(graph, seen(graph, images))) <= {n.name for n in int8.nodes}
+    assert (
+        int8.outputs == graph.outputs
+        and int8.inputs == graph.inputs
+        and set(computing(graph, seen(graph, images))) <= {n.name for n in int8.nodes}
+    )
     for x in images[:2]:
         wanted, told, got = run(graph, x)["y"], simulated(int8, x)["y"], answer(int8, x, target)["y"]
         assert got.dtype == np.float32 and got.shape == wanted.shape and np.isfinite(got).all()
         assert noise_db(wanted, got) > 17
-        assert noise_db(told, got) > 30 or case == "Resize, cubic"  # integer kernels say what the nodes say, but for a step here and there
+        assert (
+            noise_db(told, got) > 30 or case == "Resize, cubic"
+        )  # integer kernels say what the nodes say, but for a step here and there
 
 
 @names
@@ -213,9 +259,17 @@ def test_pairs_stand_as_kernels_expect_them(case, target):
             assert n.output[0] in int8.outputs or (len(readers) == 1 and list(readers[0].input).count(n.output[0]) == 1)
         if n.op_type in ("QuantizeLinear", "DequantizeLinear"):
             scale, zero = int8.constant(n.input[1]), int8.constant(n.input[2])
-            assert scale.shape == zero.shape and (scale.shape == () or (n.op_type == "DequantizeLinear" and scale.shape == (int8.shape(n.input[0])[[a.i for a in n.attribute if a.name == "axis"][0]],)))
+            assert scale.shape == zero.shape and (
+                scale.shape == ()
+                or (
+                    n.op_type == "DequantizeLinear"
+                    and scale.shape == (int8.shape(n.input[0])[[a.i for a in n.attribute if a.name == "axis"][0]],)
+                )
+            )
             assert (scale > 0).all() and np.isfinite(scale).all()
-    assert sum(n.op_type == "QuantizeLinear" for n in int8.nodes) == len({n.input[0] for n in int8.nodes if n.op_type == "QuantizeLinear"})
+    assert sum(n.op_type == "QuantizeLinear" for n in int8.nodes) == len(
+        {n.input[0] for n in int8.nodes if n.op_type == "QuantizeLinear"}
+    )
 
 
 def oracle(graph, ranges, target, x):
@@ -241,9 +295,15 @@ def oracle(graph, ranges, target, x):
 def test_against_integer_arithmetic_by_hand(case, target):
     rng = np.random.default_rng(5)
     if case == "Gemm":
-        graph = build([("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})], {"w": rng.normal(0, 1, (7, 256)), "b": rng.normal(0, 9, 7)})
+        graph = build(
+            [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
+            {"w": rng.normal(0, 1, (7, 256)), "b": rng.normal(0, 9, 7)},
+        )
     else:
-        graph = build([("Conv", ["x", "w", "b"], ["c"], {}), ("Relu", ["c"], ["y"], {})], {"w": rng.normal(0, 1, (7, 4, 1, 1)), "b": rng.normal(0, 1, 7)})
+        graph = build(
+            [("Conv", ["x", "w", "b"], ["c"], {}), ("Relu", ["c"], ["y"], {})],
+            {"w": rng.normal(0, 1, (7, 4, 1, 1)), "b": rng.normal(0, 1, 7)},
+        )
     images = noise(graph)
     table = seen(graph, images)
     int8 = write_qdq(graph, table, target)
@@ -256,22 +316,36 @@ def test_against_integer_arithmetic_by_hand(case, target):
 
 def test_neighbours_of_full_size_do_not_saturate():
     """All weights and activations at their largest, where 16 bits overflow in an unprotected file."""
-    graph = build([("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})], {"w": np.linspace(0.9, 1, 512).reshape(2, 256), "b": np.zeros(2)})
+    graph = build(
+        [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
+        {"w": np.linspace(0.9, 1, 512).reshape(2, 256), "b": np.zeros(2)},
+    )
     x = np.ones((1, 4, 8, 8), np.float32)
     got = run(write_qdq(graph, seen(graph, [x]), CPU), x)["y"]
     assert np.allclose(got, run(graph, x)["y"], rtol=0.01)
 
 
 def test_numbers_of_a_tiny_layer():
-    graph = build([("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})], {"w": np.array([[1.27, -0.5]]), "b": np.array([0.3])}, (1, 2))
+    graph = build(
+        [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
+        {"w": np.array([[1.27, -0.5]]), "b": np.array([0.3])},
+        (1, 2),
+    )
     int8 = write_qdq(graph, pd.DataFrame({"low": [-1.0], "high": [1.55]}, index=["x"]), CPU)
     assert float(int8.constant("f_scale")) == np.float32(0.01) and int(int8.constant("f_zero_point")) == 100
-    assert int8.constant("w_codes").tolist() == [[127, -50]] and np.allclose(int8.constant("w_scale"), [0.01]) and int8.constant("y_bias_codes").tolist() == [3000]
+    assert (
+        int8.constant("w_codes").tolist() == [[127, -50]]
+        and np.allclose(int8.constant("w_scale"), [0.01])
+        and int8.constant("y_bias_codes").tolist() == [3000]
+    )
     assert np.allclose(run(int8, np.array([[1.0, 2.0]], np.float32))["y"], 1.27 - 0.5 * 1.55 + 0.3, atol=1e-4)
 
 
 def test_shared_weights_are_stored_once_and_read_apart():
-    graph = build([("Conv", ["x", "w"], ["a"], {}), ("Conv", ["a", "w"], ["b"], {}), ("Add", ["a", "b"], ["y"], {})], {"w": np.random.default_rng(0).normal(0, 0.4, (4, 4, 1, 1))})
+    graph = build(
+        [("Conv", ["x", "w"], ["a"], {}), ("Conv", ["a", "w"], ["b"], {}), ("Add", ["a", "b"], ["y"], {})],
+        {"w": np.random.default_rng(0).normal(0, 0.4, (4, 4, 1, 1))},
+    )
     int8 = checked(write_qdq(graph, seen(graph, noise(graph)), CPU))
     assert sum(name.startswith("w") and name.endswith("codes") for name in int8.constants) == 1
     assert int8_nodes(int8) == ["Conv_a", "Conv_b"] and "w" not in int8.constants
@@ -282,13 +356,25 @@ def test_shared_weights_are_stored_once_and_read_apart():
 @names
 def test_outputs_read_inside_keep_name_and_type(target):
     rng = np.random.default_rng(0)
-    nodes = [("Conv", ["x", "w"], ["one"], {}), ("Relu", ["one"], ["two"], {}), ("Conv", ["two", "v"], ["c"], {}), ("Transpose", ["c"], ["three"], {"perm": [0, 2, 3, 1]}), ("Sigmoid", ["two"], ["four"], {})]
-    graph = build(nodes, {"w": rng.normal(0, 0.4, (4, 4, 1, 1)), "v": rng.normal(0, 0.4, (3, 4, 1, 1))}, outputs=("one", "two", "three", "four"))
+    nodes = [
+        ("Conv", ["x", "w"], ["one"], {}),
+        ("Relu", ["one"], ["two"], {}),
+        ("Conv", ["two", "v"], ["c"], {}),
+        ("Transpose", ["c"], ["three"], {"perm": [0, 2, 3, 1]}),
+        ("Sigmoid", ["two"], ["four"], {}),
+    ]
+    graph = build(
+        nodes,
+        {"w": rng.normal(0, 0.4, (4, 4, 1, 1)), "v": rng.normal(0, 0.4, (3, 4, 1, 1))},
+        outputs=("one", "two", "three", "four"),
+    )
     images = noise(graph)
     int8 = checked(write_qdq(graph, seen(graph, images), target))
     before, after = run(graph, images[0]), answer(int8, images[0], target)
     assert list(after) == list(before)
-    assert all(v.dtype == np.float32 and v.shape == before[k].shape and noise_db(before[k], v) > 25 for k, v in after.items())
+    assert all(
+        v.dtype == np.float32 and v.shape == before[k].shape and noise_db(before[k], v) > 25 for k, v in after.items()
+    )
 
 
 def test_floats_only_and_what_is_wrong_with_them():
@@ -296,7 +382,10 @@ def test_floats_only_and_what_is_wrong_with_them():
     table = seen(graph, noise(graph))
     names = computing(graph, table)
     assert names == ["Conv_c", "Add_a", "Conv_d", "Add_y"]
-    assert coverage(graph, write_qdq(graph, table, CPU)) == 1 and coverage(graph, write_qdq(graph, table, CPU, floats=["Conv_c"])) == 0.5
+    assert (
+        coverage(graph, write_qdq(graph, table, CPU)) == 1
+        and coverage(graph, write_qdq(graph, table, CPU, floats=["Conv_c"])) == 0.5
+    )
     assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, floats=names).nodes)
     assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, only=[]).nodes)
     alone = write_qdq(graph, table, NPU, only=["Relu_r"])  # stands for the Add in front of it
@@ -318,8 +407,16 @@ FLOAT_LAYERS = {
     "Conv, Relu": [("Conv", ["a", "v", "b"], ["c"], {}), ("Relu", ["c"], ["m"], {})],
     "Conv, Relu6": [("Conv", ["a", "v", "b"], ["c"], {}), ("Clip", ["c", "zero", "six"], ["m"], {})],
     "ConvTranspose": [("ConvTranspose", ["a", "v"], ["m"], {})],
-    "Gemm": [("Flatten", ["a"], ["f"], {}), ("Gemm", ["f", "g", "h"], ["n"], {"transB": 1}), ("Reshape", ["n", "shape"], ["m"], {})],
-    "Gemm, no bias": [("Flatten", ["a"], ["f"], {}), ("Gemm", ["f", "g"], ["n"], {}), ("Reshape", ["n", "shape"], ["m"], {})],
+    "Gemm": [
+        ("Flatten", ["a"], ["f"], {}),
+        ("Gemm", ["f", "g", "h"], ["n"], {"transB": 1}),
+        ("Reshape", ["n", "shape"], ["m"], {}),
+    ],
+    "Gemm, no bias": [
+        ("Flatten", ["a"], ["f"], {}),
+        ("Gemm", ["f", "g"], ["n"], {}),
+        ("Reshape", ["n", "shape"], ["m"], {}),
+    ],
 }
 
 
@@ -333,28 +430,51 @@ def test_a_float_layer_between_codes_stays_float(case):
     images = noise(graph)
     kept = next(n.name for n in graph.nodes if n.name.startswith(case.split(",")[0]) and n.name != "Conv_a")
     int8 = checked(write_qdq(graph, seen(graph, images), CPU, floats=[kept]))
-    assert int8_nodes(int8) == ["Conv_a", "Conv_y"] and noise_db(simulated(int8, images[0])["y"], run(int8, images[0])["y"]) > 45
+    assert (
+        int8_nodes(int8) == ["Conv_a", "Conv_y"]
+        and noise_db(simulated(int8, images[0])["y"], run(int8, images[0])["y"]) > 45
+    )
 
 
 def test_operators_per_target():
-    cnn, attention, normal = operator_graph("residual"), operator_graph("MatMul of two"), operator_graph("LayerNormalization")
+    cnn, attention, normal = (
+        operator_graph("residual"),
+        operator_graph("MatMul of two"),
+        operator_graph("LayerNormalization"),
+    )
     assert int8_operators(cnn, NPU) is None and int8_operators(attention, XNN) is None
-    assert "Add" in int8_operators(cnn, CPU) and int8_operators(attention, CPU) == int8_operators(normal, CPU) == ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    assert "Add" in int8_operators(cnn, CPU) and int8_operators(attention, CPU) == int8_operators(normal, CPU) == (
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+    )
     table = seen(normal, noise(normal))
-    assert not any(n.op_type == "QuantizeLinear" and n.input[0] in ("x", "y") for n in write_qdq(normal, table, CPU).nodes)
+    assert not any(
+        n.op_type == "QuantizeLinear" and n.input[0] in ("x", "y") for n in write_qdq(normal, table, CPU).nodes
+    )
     assert any(n.op_type == "QuantizeLinear" and n.input[0] == "x" for n in write_qdq(normal, table, NPU).nodes)
     for target in EVERY:
         for case in OPERATORS:
             graph = operator_graph(case)
             int8 = write_qdq(graph, seen(graph, noise(graph, 1)), target)
             made = {o: n.op_type for n in int8.nodes for o in n.output}
-            assert not any(made.get(i) == "DequantizeLinear" and int8.producer(i).input[0] in int8.constants for n in int8.nodes if n.op_type in target.float_operators for i in n.input)
+            assert not any(
+                made.get(i) == "DequantizeLinear" and int8.producer(i).input[0] in int8.constants
+                for n in int8.nodes
+                if n.op_type in target.float_operators
+                for i in n.input
+            )
 
 
 def test_codes_are_handed_on_with_one_grid():
     graph = operator_graph("shuffle")
     int8 = write_qdq(graph, seen(graph, noise(graph)), NPU)
-    scales = {n.input[0]: (float(int8.constant(n.input[1])), int(int8.constant(n.input[2]))) for n in int8.nodes if n.op_type == "QuantizeLinear"}
+    scales = {
+        n.input[0]: (float(int8.constant(n.input[1])), int(int8.constant(n.input[2])))
+        for n in int8.nodes
+        if n.op_type == "QuantizeLinear"
+    }
     assert scales["c"] == scales["f"] == scales["t"] == scales["r"] and scales["d"] != scales["c"]
 
 
@@ -372,20 +492,41 @@ def test_random_networks(seed, target):
     rng = np.random.default_rng(seed)
     nodes, constants, made, channels = [], {}, ["x"], 4
     for k in range(rng.integers(2, 8)):
-        op, source, out = rng.choice(["Conv", "Relu", "Add", "Mul", "Sigmoid", "Concat", "MaxPool", "Transpose", "LeakyRelu", "Clip"]), str(rng.choice(made[-3:])), f"t{k}"
+        op, source, out = (
+            rng.choice(
+                ["Conv", "Relu", "Add", "Mul", "Sigmoid", "Concat", "MaxPool", "Transpose", "LeakyRelu", "Clip"]
+            ),
+            str(rng.choice(made[-3:])),
+            f"t{k}",
+        )
         if op == "Conv":
-            constants |= {f"w{k}": rng.normal(0, 0.4, (channels, channels, 1, 1)), f"b{k}": rng.normal(0, 0.1, channels)}
+            constants |= {
+                f"w{k}": rng.normal(0, 0.4, (channels, channels, 1, 1)),
+                f"b{k}": rng.normal(0, 0.1, channels),
+            }
             nodes.append((op, [source, f"w{k}", f"b{k}"], [out], {}))
         elif op in ("Add", "Mul"):
             nodes.append((op, [source, str(rng.choice(made))], [out], {}))
         elif op == "Concat":
             constants[f"v{k}"] = rng.normal(0, 0.3, (channels, 2 * channels, 1, 1))
-            nodes += [(op, [source, str(rng.choice(made))], [f"c{k}"], {"axis": 1}), ("Conv", [f"c{k}", f"v{k}"], [out], {})]
+            nodes += [
+                (op, [source, str(rng.choice(made))], [f"c{k}"], {"axis": 1}),
+                ("Conv", [f"c{k}", f"v{k}"], [out], {}),
+            ]
         elif op == "Clip":
             constants |= {f"lo{k}": np.float32(-1), f"hi{k}": np.float32(rng.choice([1, 100]))}
             nodes.append((op, [source, f"lo{k}", f"hi{k}"], [out], {}))
         else:
-            nodes.append((op, [source], [out], {"MaxPool": {"kernel_shape": [3, 3], "pads": [1] * 4}, "Transpose": {"perm": [0, 1, 3, 2]}}.get(op, {})))
+            nodes.append(
+                (
+                    op,
+                    [source],
+                    [out],
+                    {"MaxPool": {"kernel_shape": [3, 3], "pads": [1] * 4}, "Transpose": {"perm": [0, 1, 3, 2]}}.get(
+                        op, {}
+                    ),
+                )
+            )
         made.append(out)
     outputs = tuple(dict.fromkeys([made[-1], str(rng.choice(made[1:]))]))
     graph = build(nodes, constants, outputs=outputs)
@@ -394,7 +535,10 @@ def test_random_networks(seed, target):
     names = computing(graph, table)
     int8 = checked(write_qdq(graph, table, target, floats=[n for n in names if rng.random() < 0.3]))
     before, after, told = run(graph, images[0]), answer(int8, images[0], target), simulated(int8, images[0])
-    assert all(np.isfinite(after[k]).all() and after[k].shape == before[k].shape and noise_db(before[k], after[k]) > 10 for k in outputs)
+    assert all(
+        np.isfinite(after[k]).all() and after[k].shape == before[k].shape and noise_db(before[k], after[k]) > 10
+        for k in outputs
+    )
     assert all(noise_db(told[k], after[k]) > 20 for k in outputs)
 
 
