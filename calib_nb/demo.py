@@ -47,9 +47,9 @@ def demo_data(folder: str | Path, *, progress: bool = True) -> Path:
 # %% ../nbs/00_tour.ipynb #cell-13
 def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> Iterator[DemoStep]:
     """Run the main job in `folder` (default: demo/ in the output root) and give each `DemoStep` when it is done; safe to repeat. Source: ours."""
-    from calib_nb.analysis.compare import compare
+    from calib_nb.analysis.compare import compare_models
     from calib_nb.data.dataset import prepare
-    from calib_nb.npu.config import config_images, config_preprocess, generate, save_config
+    from calib_nb.npu.config import config_images, config_preprocess, generate_config, save_config
     from calib_nb.npu.verify import verify
     from calib_nb.quant.recipe import quantize_by
     from calib_nb.report import run_report
@@ -76,7 +76,7 @@ def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> It
         chosen.path / "README.md",
     )
 
-    settings = generate("resnet-tags", os.path.relpath(chosen.path), model=model)
+    settings = generate_config("resnet-tags", os.path.relpath(chosen.path), model=model)
     config = save_config(settings, folder / "config.json")
     command = f"calib-nb config --model-type resnet-tags --model {_shown(model)} --dataset-path {_shown(chosen.path)} --output-path {_shown(config)}"
     shapes = ", ".join(f"'{name}' {'x'.join(map(str, shape))}" for name, shape in settings.inputs.items())
@@ -107,7 +107,9 @@ def demo_steps(folder: str | Path | None = None, *, progress: bool = True) -> It
         int8.path,
     )
 
-    compared = compare(model, {int8.path.stem: int8.path}, TaggingTask(val, chain), budget=0.01, progress=progress)
+    compared = compare_models(
+        model, {int8.path.stem: int8.path}, TaggingTask(val, chain), budget=0.01, progress=progress
+    )
     with atomic_file(folder / "compare.csv") as f:
         compared.table.to_csv(f, index=False)
     row = compared.table.iloc[1]

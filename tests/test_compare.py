@@ -13,7 +13,7 @@ from calib_nb.analysis.compare import (
     AgreementTask,
     Drop,
     Task,
-    compare,
+    compare_models,
     latency,
     mcnemar,
     paired_bootstrap,
@@ -181,7 +181,7 @@ def test_the_verdict_follows_the_interval(value, below, above, budget):
 
 def test_a_comparison_has_its_columns(models, task):
     int8 = {name: models[name] for name in ("near", "far")}
-    comparison = compare(models["float"], int8, task, budget=0.01, latency_runs=3, progress=False)
+    comparison = compare_models(models["float"], int8, task, budget=0.01, latency_runs=3, progress=False)
     assert isinstance(task, Task)
     assert list(comparison.table.columns) == [
         "model",
@@ -212,7 +212,7 @@ def test_a_comparison_has_its_columns(models, task):
         and {k: len(u) for k, u in comparison.units.items()} == {"float": 40, "near": 40, "far": 40}
     )
     timing = ["latency_ms", "latency_iqr_ms"]
-    again = compare(models["float"], int8, task, budget=0.01, latency_runs=3, progress=False)
+    again = compare_models(models["float"], int8, task, budget=0.01, latency_runs=3, progress=False)
     pd.testing.assert_frame_equal(comparison.table.drop(columns=timing), again.table.drop(columns=timing))
     ax = plot_comparison(comparison)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["far", "near"]
@@ -234,18 +234,18 @@ def test_nan_is_an_error_that_names_the_photo(models, tmp_path, task):
     with pytest.raises(ModelError, match="sample photo.png: output 'output' holds NaN"):
         run_model(open_session(broken), AgreementTask([tmp_path / "photo.png"], scale), progress=False)
     with pytest.raises(ModelError, match="sample number 0"):
-        compare(models["float"], {"broken": broken}, task, progress=False)
+        compare_models(models["float"], {"broken": broken}, task, progress=False)
 
 
 def test_what_does_not_fit_is_refused(models, tmp_path, task):
     with pytest.raises(InputError, match="at least one of each"):
-        compare(models["float"], {}, task)
+        compare_models(models["float"], {}, task)
     with pytest.raises(InputError, match="0 samples"):
-        compare(models["float"], {"near": models["near"]}, AgreementTask([], scale))
+        compare_models(models["float"], {"near": models["near"]}, AgreementTask([], scale))
     with pytest.raises(ModelError, match="no such model"):
-        compare(models["float"], {"gone": tmp_path / "gone.onnx"}, task)
+        compare_models(models["float"], {"gone": tmp_path / "gone.onnx"}, task)
     with pytest.raises(ModelError, match="does the preprocessing fit"):
-        compare(
+        compare_models(
             models["float"],
             {"near": models["near"]},
             AgreementTask([np.zeros((8, 8, 3), np.uint8)], scale),
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused(models, tmp_path, task):
 def test_an_int8_model_of_another_shape_is_an_error(models, tmp_path, task):
     other = linear(tmp_path / "other.onnx", np.ones((48, 3)))
     with pytest.raises(ModelError, match=r"output 'output' has shape \[1, 3\]; expected \[1, 6\]"):
-        compare(models["float"], {"other": other}, task, progress=False)
+        compare_models(models["float"], {"other": other}, task, progress=False)
 
 
 def test_latency_is_measured_in_turns():

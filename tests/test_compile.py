@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from calib_nb.core.errors import CheckFailed, ConfigError, InputError
 from calib_nb.npu.compile import TOOLCHAINS, compile_model, read_toolchain
-from calib_nb.npu.config import generate, save_config
+from calib_nb.npu.config import generate_config, save_config
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 32, 32]) for n, c in (("input", 3), ("out", 2))]
     graph = helper.make_graph([helper.make_node("Conv", ["input", "w"], ["out"])], "g", ends[:1], ends[1:], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "my model.onnx")
-    save_config(generate("yunet", "my photos", model="my model.onnx", calibration_num=3), "c.json")
+    save_config(generate_config("yunet", "my photos", model="my model.onnx", calibration_num=3), "c.json")
     return tmp_path
 
 
@@ -196,7 +196,7 @@ def test_bad_toolchains(tmp_path, text, message):
 
 def test_refusals_before_anything_runs(place):
     stand_in("open('/dev/null')")
-    save_config(generate("yunet", "nowhere", model="my model.onnx"), "wrong.json")
+    save_config(generate_config("yunet", "nowhere", model="my model.onnx"), "wrong.json")
     with pytest.raises(CheckFailed, match="no such folder"):
         compile_model("my model.onnx", "wrong.json", "out")
     with pytest.raises(CheckFailed, match="no such model"):

@@ -15,7 +15,14 @@ from onnx import TensorProto, helper
 
 from calib_nb.core.errors import CheckFailed, ConfigError, InputError, ModelError
 from calib_nb.data.preprocess import PRESETS
-from calib_nb.npu.config import CompilerConfig, config_images, config_preprocess, generate, load_config, save_config
+from calib_nb.npu.config import (
+    CompilerConfig,
+    config_images,
+    config_preprocess,
+    generate_config,
+    load_config,
+    save_config,
+)
 from calib_nb.npu.validate import findings_table, refuse_errors, validate
 
 
@@ -43,7 +50,7 @@ def place(tmp_path, monkeypatch):
     for i in range(12):
         cv2.imwrite(f"photos/{'sub/' * (i % 2)}{i}.jpg", np.full((90, 70, 3), 20 * i, np.uint8))
     face_model("face.onnx")
-    return generate("edgeface", "photos", model="face.onnx", calibration_num=12).to_dict()
+    return generate_config("edgeface", "photos", model="face.onnx", calibration_num=12).to_dict()
 
 
 def with_loader(raw, **changes):
@@ -57,7 +64,7 @@ def errors(raw, *arguments, **options):
 @pytest.mark.parametrize("kind", PRESETS)
 @pytest.mark.parametrize("target", ["npu", "dx-com"])
 def test_generated_configs_are_sound_and_come_back_the_same(place, kind, target):
-    config = generate(kind, "photos", calibration_num=12, calibration_method="minmax", target=target)
+    config = generate_config(kind, "photos", calibration_num=12, calibration_method="minmax", target=target)
     assert validate(config, target=target) == []
     save_config(config, "c.json")
     assert load_config("c.json") == config and validate("c.json", target=target) == []
@@ -311,7 +318,7 @@ def test_dataset_path_starts_from_the_folder_of_the_compiler(place, tmp_path):
 
 
 def test_generate_reads_the_model_and_refuses_what_differs(place):
-    assert generate("edgeface", "x", model=face_model("m.onnx", size=96, name="data")).inputs == {
+    assert generate_config("edgeface", "x", model=face_model("m.onnx", size=96, name="data")).inputs == {
         "data": (1, 3, 96, 96)
     }
     for error, options in (
@@ -326,8 +333,8 @@ def test_generate_reads_the_model_and_refuses_what_differs(place):
         (ConfigError, {"input_size": (0, 5)}),
     ):
         with pytest.raises(error):
-            generate("edgeface", "x", **options)
-    assert generate("yunet", "x", input_size=(64, 32), input_name="data").inputs == {"data": (1, 3, 32, 64)}
+            generate_config("edgeface", "x", **options)
+    assert generate_config("yunet", "x", input_size=(64, 32), input_name="data").inputs == {"data": (1, 3, 32, 64)}
 
 
 json_values = st.recursive(
@@ -353,7 +360,7 @@ PATHS = [
 @given(st.sampled_from(PATHS), json_values)
 @settings(deadline=None, max_examples=300)
 def test_anything_in_any_place_is_findings_never_a_traceback(where, value):
-    raw = generate("edgeface", "photos").to_dict()
+    raw = generate_config("edgeface", "photos").to_dict()
     inner = raw
     for key in where[:-1]:
         inner = inner[key]
@@ -371,10 +378,10 @@ def test_any_object_is_findings(raw):
 
 def test_real_models_make_sound_configs(real_data):
     model = real_data / "models" / "face_detection_yunet_2023mar.onnx"
-    config = generate("yunet", real_data / "lfw" / "images", model=model, target="dx-com")
+    config = generate_config("yunet", real_data / "lfw" / "images", model=model, target="dx-com")
     assert config.inputs == {"input": (1, 3, 640, 640)} and validate(config, model, target="dx-com") == []
     with pytest.raises(ModelError, match="fix-batch"):
-        generate("edgeface", "x", model=real_data / "models" / "edgeface_xs_q_dequant.onnx")
+        generate_config("edgeface", "x", model=real_data / "models" / "edgeface_xs_q_dequant.onnx")
     swapped = config.to_dict()
     swapped["default_loader"]["preprocessings"].insert(0, {"convertColor": {"form": "BGR2RGB"}})
     (finding,) = validate(swapped, model)

@@ -30,7 +30,7 @@ from calib_nb.data.dataset import (
 )
 from calib_nb.data.demo_photos import graded_photos, odd_files, paint_scene
 from calib_nb.data.images import find_images
-from calib_nb.data.sample import select
+from calib_nb.data.sample import select_images
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_validation_images_are_never_chosen(photos, tmp_path):
 def test_write_set_from_a_table(photos, tmp_path):
     pool = run(photos, tmp_path / "first").pool
     made = write_set(
-        select(pool, "quotas", 9),
+        select_images(pool, "quotas", 9),
         pool,
         photos,
         tmp_path / "second",
@@ -215,7 +215,7 @@ def test_write_set_from_a_table(photos, tmp_path):
     )
     assert len(find_images(made.path)) == 9
     assert read_json(made.path / "calibration_analysis.json")["parameters"]["why"] == "by hand"
-    vanished = select(pool, "random", 5)
+    vanished = select_images(pool, "random", 5)
     vanished.rows.loc[0, "path"] = "scene_00/gone.jpg"
     with pytest.raises(InputError, match="could not be written: No such file"):
         write_set(vanished, pool, photos, tmp_path / "third")

@@ -17,7 +17,7 @@ from calib_nb.faces.demo import DetectorTraining, EmbedderTraining, demo_detecto
 from calib_nb.faces.demo_drawings import (
     LANDMARKS,
     draw_face,
-    draw_scene,
+    draw_face_scene,
     draw_styles,
     drawn_faces,
     drawn_pairs,
@@ -68,7 +68,7 @@ def test_landmarks_and_box_lie_where_the_face_was_drawn(radius):
 
 def test_nobody_hides_anybody_in_a_scene():
     for seed in range(20):
-        _, boxes, _ = draw_scene(draw_styles(6, seed), np.random.default_rng(seed))
+        _, boxes, _ = draw_face_scene(draw_styles(6, seed), np.random.default_rng(seed))
         overlap = box_iou(boxes, boxes) - np.eye(len(boxes))
         assert overlap.max(initial=0) < 0.05 and len(boxes) >= 3
 
@@ -134,7 +134,7 @@ def test_the_demo_detector_finds_drawn_faces_that_it_has_not_seen():
     detector, people, rng = YuNetDetector(demo_detector()), draw_styles(400, seed=77), np.random.default_rng(77)
     hits = found = labelled = 0
     for i in range(100):
-        photo, boxes, _ = draw_scene(people[4 * i : 4 * i + 1 + i % 4], rng)
+        photo, boxes, _ = draw_face_scene(people[4 * i : 4 * i + 1 + i % 4], rng)
         faces = detector.detect(photo)
         hits, found, labelled = hits + len(match_boxes(faces.boxes, boxes)), found + len(faces), labelled + len(boxes)
     assert hits / labelled >= 0.88 and hits / found >= 0.9

@@ -7,7 +7,7 @@ import pytest
 
 from calib_nb.core.errors import ImageError, InputError
 from calib_nb.core.run import read_json, sha256_folder
-from calib_nb.data.demo_photos import FAULTS, graded_photos, odd_files, paint_scene, spoil
+from calib_nb.data.demo_photos import PHOTO_FAULTS, degrade, graded_photos, odd_files, paint_scene
 from calib_nb.data.images import decode, find_images
 
 
@@ -30,7 +30,7 @@ def measured(image: np.ndarray, fault: str) -> float:
     }[fault]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", PHOTO_FAULTS)
 def test_every_fault_grows_from_grade_to_grade(photos, fault):
     folder, truth = photos
     scenes = truth.loc[truth["fault"] == fault, "scene"].unique()
@@ -80,4 +80,4 @@ def test_odd_files_are_what_they_say(tmp_path):
 
 def test_an_unknown_fault():
     with pytest.raises(InputError, match="unknown fault"):
-        spoil(np.zeros((4, 4, 3), np.uint8), "haze", 1)
+        degrade(np.zeros((4, 4, 3), np.uint8), "haze", 1)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
-from calib_nb.tags.demo_drawings import CATEGORIES, draw_photo, load_tagged, shape_mask, tagged_photos, tagged_splits
+from calib_nb.tags.demo_drawings import (
+    CATEGORIES,
+    draw_tagged_photo,
+    load_tagged,
+    shape_mask,
+    tagged_photos,
+    tagged_splits,
+)
 
 
 def content(folder):
@@ -21,7 +28,7 @@ def content(folder):
 @given(seed=st.integers(0, 10_000), size=st.integers(32, 128), classes=st.integers(1, 8))
 def test_every_annotation_is_what_can_be_seen(seed, size, classes):
     names = list(CATEGORIES)[:classes]
-    photo, annotations = draw_photo(np.random.default_rng(seed), size, names)
+    photo, annotations = draw_tagged_photo(np.random.default_rng(seed), size, names)
     assert photo.shape == (size, size, 3) and photo.dtype == np.uint8
     assert {name for name, _, _ in annotations} <= set(names)
     assert all(mask.any() for _, mask, _ in annotations)

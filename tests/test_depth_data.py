@@ -22,10 +22,17 @@ from calib_nb.data.dataset import LINKS
 from calib_nb.data.images import encode_png
 from calib_nb.depth.analyze import analyze, match
 from calib_nb.depth.copy import copy_set
-from calib_nb.depth.demo_drawings import FAULTS, POOL, REGIMES, demo_ncdb
-from calib_nb.depth.metadata import COLUMNS, count_values, depth_statistics, load_metadata, metadata, save_metadata
+from calib_nb.depth.demo_drawings import POOL, REGIMES, SAMPLE_FAULTS, demo_ncdb
+from calib_nb.depth.metadata import (
+    METADATA_COLUMNS,
+    count_values,
+    depth_statistics,
+    load_metadata,
+    metadata,
+    save_metadata,
+)
 from calib_nb.depth.ncdb import (
-    VARIANTS,
+    DEPTH_VARIANTS,
     check_entry,
     decode_depth,
     depth_variants,
@@ -34,7 +41,7 @@ from calib_nb.depth.ncdb import (
     read_depth,
     read_split,
 )
-from calib_nb.depth.split import RANGES, RATIOS, STRATEGIES, split, write_split
+from calib_nb.depth.split import DEPTH_RANGES, RATIOS, SPLIT_STRATEGIES, split_pool, write_split
 
 STATISTICS = {
     "mean_depth": np.mean,
@@ -86,7 +93,7 @@ def test_the_drawn_set_is_a_pool_like_the_guides(drawn):
     )
     counts = sound["regime"].value_counts()
     assert counts["mid"] >= counts["near"] > counts["far"] >= counts["very_far"] > 0
-    assert set(sound.groupby("split")["regime"].nunique()) == {4} and set(truth["variant"]) == set(VARIANTS)
+    assert set(sound.groupby("split")["regime"].nunique()) == {4} and set(truth["variant"]) == set(DEPTH_VARIANTS)
     dense = found.table.merge(sound[sound["variant"] == "newest_synthetic_depth_maps"], on=["dataset_root", "filename"])
     assert len(dense) > 5 and np.allclose(
         dense["mean_depth_x"], dense["mean_depth_y"], rtol=1e-3
@@ -118,7 +125,9 @@ def test_depth_can_be_learnt_from_the_pictures(drawn):
         features, depths = np.concatenate(features), np.concatenate(depths)
         return features[depths > 0], depths[depths > 0]
 
-    (known, known_depth), (asked, wanted) = (patches(sound[sound["split"] == split]) for split in ("train", "val"))
+    (known, known_depth), (asked, wanted) = (
+        patches(sound[sound["split"] == split_pool]) for split_pool in ("train", "val")
+    )
     scale = known.std(0)
     distance = (
         ((asked / scale) ** 2).sum(1)[:, None] + ((known / scale) ** 2).sum(1) - 2 * (asked / scale) @ (known / scale).T
@@ -226,13 +235,15 @@ def test_variants_by_argument_by_environment_and_by_rank(tmp_path, monkeypatch):
 
 def test_every_planted_fault_is_listed_and_nothing_else_is_lost(drawn):
     root, truth, found = drawn
-    assert tuple(found.table.columns) == COLUMNS
-    wanted = truth[(truth["split"] == "train") & ~truth["fault"].isin(FAULTS)]
+    assert tuple(found.table.columns) == METADATA_COLUMNS
+    wanted = truth[(truth["split"] == "train") & ~truth["fault"].isin(SAMPLE_FAULTS)]
     assert list(zip(found.table["dataset_root"], found.table["filename"])) == list(
         zip(wanted["dataset_root"], wanted["filename"])
     )
     said = {"unreadable depth": "unsupported depth", "depth in colour": "unsupported depth", "no name": "empty name"}
-    assert sorted(found.rejected["reason"]) == sorted([said.get(fault, fault) for fault in FAULTS] + ["duplicate"])
+    assert sorted(found.rejected["reason"]) == sorted(
+        [said.get(fault, fault) for fault in SAMPLE_FAULTS] + ["duplicate"]
+    )
     assert (found.rejected["detail"] != "").all() and not found.rejected["detail"].str.contains(str(root)).any()
     assert found.rejected.index.is_unique and len(found.table) + len(found.rejected) == len(
         read_json(root / "train_split.json")
@@ -365,14 +376,14 @@ def test_a_changed_file_is_measured_again(tmp_path):
 
 
 def test_the_numbers_of_the_guide():
-    depths = np.concatenate([np.linspace(*RANGES[name], count, endpoint=False) for name, count in POOL.items()])
-    chosen = split(table_of(depths))
+    depths = np.concatenate([np.linspace(*DEPTH_RANGES[name], count, endpoint=False) for name, count in POOL.items()])
+    chosen = split_pool(table_of(depths))
     assert (
         chosen.plan["available"].tolist() == [1823, 2456, 492, 85]
         and chosen.plan["taken"].tolist() == [75, 120, 75, 30]
         and not chosen.warnings
     )
-    ten = split(table_of(np.concatenate([depths[depths < 15], depths[depths >= 15][:10]])))
+    ten = split_pool(table_of(np.concatenate([depths[depths < 15], depths[depths >= 15][:10]])))
     assert (
         len(ten.rows) == 300
         and ten.plan["taken"].tolist() == [75, 140, 75, 10]
@@ -388,14 +399,14 @@ def test_the_numbers_of_the_guide():
         max_size=150,
     ),
     st.integers(1, 200),
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(SPLIT_STRATEGIES),
     st.integers(0, 1000),
 )
 def test_any_pool_gives_an_exact_plan_without_doubles(depths, target, strategy, seed):
     table = table_of(depths)
     if strategy != "random" and table["mean_depth"].isna().all():
         return
-    chosen = split(table, strategy, target, seed=seed)
+    chosen = split_pool(table, strategy, target, seed=seed)
     usable = len(table) if strategy == "random" else int(table["mean_depth"].notna().sum())
     assert len(chosen.rows) == min(target, usable) == chosen.plan["taken"].sum()
     assert not chosen.rows.duplicated(["dataset_root", "filename"]).any() and set(chosen.rows["filename"]) <= set(
@@ -410,15 +421,15 @@ def test_any_pool_gives_an_exact_plan_without_doubles(depths, target, strategy, 
         assert (
             plan["taken"]["mid"] == plan["available"]["mid"] or (others["taken"] <= others["wanted"]).all()
         )  # mid gives before the others do
-    assert split(table.sample(frac=1, random_state=1), strategy, target, seed=seed).rows.equals(chosen.rows)
+    assert split_pool(table.sample(frac=1, random_state=1), strategy, target, seed=seed).rows.equals(chosen.rows)
 
 
 def test_a_split_file_leads_back_to_every_row(drawn, tmp_path):
     root, _, found = drawn
-    for strategy in STRATEGIES:
-        chosen = split(found.table, strategy, 30).rows
+    for strategy in SPLIT_STRATEGIES:
+        chosen = split_pool(found.table, strategy, 30).rows
         rows, missing = match(found.table, write_split(chosen, tmp_path / "s.json"))
-        assert missing.empty and rows[list(COLUMNS)].equals(chosen[list(COLUMNS)])
+        assert missing.empty and rows[list(METADATA_COLUMNS)].equals(chosen[list(METADATA_COLUMNS)])
 
 
 # --- the set and the figures
@@ -427,7 +438,7 @@ def test_a_split_file_leads_back_to_every_row(drawn, tmp_path):
 @pytest.mark.parametrize("link", LINKS)
 def test_the_set_is_whole_and_made_of_the_same_bytes(drawn, tmp_path, link):
     root, _, found = drawn
-    rows = split(found.table, target_size=20).rows
+    rows = split_pool(found.table, target_size=20).rows
     made = copy_set(root, write_split(rows, tmp_path / "s.json"), tmp_path / "set", link=link)
     images = sorted((tmp_path / "set").glob("*.png"))
     assert (
@@ -452,11 +463,13 @@ def test_the_set_is_whole_and_made_of_the_same_bytes(drawn, tmp_path, link):
 
 
 def test_the_set_serves_the_next_step(drawn, tmp_path, monkeypatch):
-    from calib_nb.npu.config import config_images, generate
+    from calib_nb.npu.config import config_images, generate_config
 
     root, _, found = drawn
-    made = copy_set(root, write_split(split(found.table, target_size=10).rows, tmp_path / "s.json"), tmp_path / "set")
-    config = generate("depth", str(made.path), input_name="image", input_size=(96, 64), calibration_num=10)
+    made = copy_set(
+        root, write_split(split_pool(found.table, target_size=10).rows, tmp_path / "s.json"), tmp_path / "set"
+    )
+    config = generate_config("depth", str(made.path), input_name="image", input_size=(96, 64), calibration_num=10)
     assert sorted(p.name for p in config_images(config)) == sorted(made.images["name"])
 
 
@@ -473,15 +486,18 @@ def test_an_image_that_is_broken_is_not_copied(drawn, tmp_path):
 def test_the_figures_match_by_scene_and_name(drawn, tmp_path):
     root, _, found = drawn
     assert found.table["filename"].duplicated().any()  # every scene has a frame_0001
-    rows = split(found.table, target_size=25).rows
+    rows = split_pool(found.table, target_size=25).rows
     write_split(rows, tmp_path / "s.json")
     done = analyze(root, found.table, tmp_path / "s.json", tmp_path / "out")
-    assert done.chosen[list(COLUMNS)].equals(rows[list(COLUMNS)]) and done.statistics["selection"]["samples"] == 25
+    assert (
+        done.chosen[list(METADATA_COLUMNS)].equals(rows[list(METADATA_COLUMNS)])
+        and done.statistics["selection"]["samples"] == 25
+    )
     assert done.statistics["selection"]["depth_m"]["mean_depth"]["mean"] == pytest.approx(rows["mean_depth"].mean())
     for name in ("overview.png", "relations.png", "samples.png"):
         picture = cv2.imread(str(tmp_path / "out" / name))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
-    one = split(found.table, target_size=1).rows  # a standard deviation of one frame is none
+    one = split_pool(found.table, target_size=1).rows  # a standard deviation of one frame is none
     assert (
         analyze(root, found.table, write_split(one, tmp_path / "one.json"), tmp_path / "one").statistics["selection"][
             "depth_m"

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calib_nb.analysis.compare import Task, compare, run_model, slices_table
+from calib_nb.analysis.compare import Task, compare_models, run_model, slices_table
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.preprocess import PRESETS, Preprocess, preset
 from calib_nb.depth.losses import (
@@ -30,24 +30,24 @@ from calib_nb.depth.losses import (
     silog_loss,
     smoothness_loss,
 )
-from calib_nb.depth.metrics import CROPS, METRICS, DepthTask, Scoring, depth_metrics, read_depth, scored_pixels
+from calib_nb.depth.metrics import CROPS, DEPTH_METRICS, DepthTask, Scoring, depth_metrics, output_depth, scored_pixels
 from calib_nb.depth.network import DepthNet, sigmoid_to_depth
 from calib_nb.depth.train import (
     PENALTY_WEIGHTS,
-    Training,
-    evaluate,
+    DepthTraining,
+    evaluate_network,
     learning_rate_at,
-    load_checkpoint,
+    load_depth_checkpoint,
     load_network,
     normalise,
     read_pair,
-    train,
+    train_depth,
 )
 from calib_nb.depth.unequal import streams, unequalize
 from calib_nb.graph.contract import open_session, read_contract
 from calib_nb.graph.export import export_onnx
 from calib_nb.nets.checkpoint import load_imagenet
-from calib_nb.quant.quantize import quantize
+from calib_nb.quant.quantize import quantize_static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,7 +120,7 @@ def test_metrics_are_those_of_the_book(maps, crop, scaling, caps):
     scoring = Scoring(*caps, crop=crop, median_scaling=scaling)
     got, book = depth_metrics(predicted, truth, scoring), by_the_book(predicted, truth, scoring)
     if book is None:
-        assert got["pixels"] == 0 and all(np.isnan(got[name]) for name in METRICS)
+        assert got["pixels"] == 0 and all(np.isnan(got[name]) for name in DEPTH_METRICS)
         return
     assert got["pixels"] == book["pixels"] == scored_pixels(truth, scoring).sum()
     for name in ("abs_rel", "sq_rel", "rmse", "rmse_log"):
@@ -156,7 +156,7 @@ def test_metrics_match_a_second_numpy_version():
         np.sqrt(np.mean((np.log(g) - np.log(q)) ** 2)),
         100 * np.std(np.log(q) - np.log(g)),
     ]
-    assert np.allclose([got[k] for k in METRICS], wanted + [np.mean(threshold < 1.25**k) for k in (1, 2, 3)])
+    assert np.allclose([got[k] for k in DEPTH_METRICS], wanted + [np.mean(threshold < 1.25**k) for k in (1, 2, 3)])
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,13 @@ def test_unusable_true_depth_is_no_truth():
 def test_disparity_is_resized_before_it_is_inverted():
     x = np.random.default_rng(0).uniform(0.01, 1, (1, 1, 4, 6)).astype(np.float32)
     wanted = 1 / cv2.resize(x[0, 0], (12, 8), interpolation=cv2.INTER_LINEAR)
-    assert np.allclose(read_depth({"disp": x}, (8, 12), Scoring(output="disparity")), wanted)
+    assert np.allclose(output_depth({"disp": x}, (8, 12), Scoring(output="disparity")), wanted)
     assert np.allclose(
-        read_depth({"disp": x}, (4, 6), Scoring(output="sigmoid")),
+        output_depth({"disp": x}, (4, 6), Scoring(output="sigmoid")),
         sigmoid_to_depth(torch.from_numpy(x), 0.1, 100.0)[0, 0],
         rtol=1e-5,
     )
-    assert np.isfinite(read_depth({"disp": x * 0}, (4, 6), Scoring(output="disparity"))).all()
+    assert np.isfinite(output_depth({"disp": x * 0}, (4, 6), Scoring(output="disparity"))).all()
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
@@ -205,9 +205,13 @@ def test_the_task_fits_compare_and_names_the_worst_slice(tmp_path):
     task = DepthTask(
         photos_of(data), [data[k][1] for k in range(9)], chain, scenes=[f"scene_{k % 3}" for k in range(9)]
     )
-    int8 = quantize(model, photos_of(data)[:4], chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False)
-    found = compare(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
-    assert isinstance(task, Task) and list(found.table.columns[1:9]) == list(METRICS) and found.primary == "abs_rel"
+    int8 = quantize_static(
+        model, photos_of(data)[:4], chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False
+    )
+    found = compare_models(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
+    assert (
+        isinstance(task, Task) and list(found.table.columns[1:9]) == list(DEPTH_METRICS) and found.primary == "abs_rel"
+    )
     assert (
         found.table["drop"][1] == pytest.approx(found.table.abs_rel[1] - found.table.abs_rel[0])
         and found.table.drop_low[1] <= found.table["drop"][1] <= found.table.drop_high[1]
@@ -324,7 +328,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"conv1.weight": Evil(), "format": 1}, tmp_path / "evil.pth")
-    for load in (lambda p: load_imagenet(DepthNet(0.125).encoder, p), load_checkpoint):
+    for load in (lambda p: load_imagenet(DepthNet(0.125).encoder, p), load_depth_checkpoint):
         with pytest.raises(ModelError, match="cannot be read as a checkpoint: it wants to run '.*mkdir'"):
             load(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
@@ -484,7 +488,7 @@ def test_dead_channels_are_left_alone():
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-PLAN = Training(epochs=3, batch=4, learning_rate=5e-3)
+PLAN = DepthTraining(epochs=3, batch=4, learning_rate=5e-3)
 
 
 def weights(network):
@@ -497,7 +501,9 @@ def test_training_repeats_and_learns():
         network = DepthNet(0.125, min_m=0.5, max_m=20)
         runs.append(
             (
-                train(network, Ramps(), Training(epochs=6, batch=4, learning_rate=1e-2, seed=seed), progress=False),
+                train_depth(
+                    network, Ramps(), DepthTraining(epochs=6, batch=4, learning_rate=1e-2, seed=seed), progress=False
+                ),
                 network,
             )
         )
@@ -521,20 +527,24 @@ def test_resuming_is_exact(tmp_path, after):
             return super().__getitem__(k)
 
     whole, resumed = DepthNet(0.125), DepthNet(0.125, seed=5)
-    plan = Training(**{**PLAN.__dict__, "penalty": "range"})
-    through = train(whole, Ramps(), plan, validation=Ramps(3), folder=tmp_path / "whole", progress=False)
+    plan = DepthTraining(**{**PLAN.__dict__, "penalty": "range"})
+    through = train_depth(whole, Ramps(), plan, validation=Ramps(3), folder=tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
-        train(DepthNet(0.125), Stopped(), plan, validation=Ramps(3), folder=tmp_path / "stopped", progress=False)
-    again = train(resumed, Ramps(), plan, validation=Ramps(3), folder=tmp_path / "stopped", resume=True, progress=False)
+        train_depth(DepthNet(0.125), Stopped(), plan, validation=Ramps(3), folder=tmp_path / "stopped", progress=False)
+    again = train_depth(
+        resumed, Ramps(), plan, validation=Ramps(3), folder=tmp_path / "stopped", resume=True, progress=False
+    )
     assert again.equals(through) and torch.equal(weights(resumed), weights(whole))
-    done = train(DepthNet(0.125), Ramps(), plan, folder=tmp_path / "whole", resume=True, progress=False)
+    done = train_depth(DepthNet(0.125), Ramps(), plan, folder=tmp_path / "whole", resume=True, progress=False)
     assert done.equals(through)  # nothing left to do
     with pytest.raises(InputError, match="of another training: .*batch 4 there, 3 here"):
-        train(resumed, Ramps(), Training(**{**plan.__dict__, "batch": 3}), folder=tmp_path / "whole", resume=True)
+        train_depth(
+            resumed, Ramps(), DepthTraining(**{**plan.__dict__, "batch": 3}), folder=tmp_path / "whole", resume=True
+        )
     with pytest.raises(InputError, match="width 0.125 there, 0.25 here"):
-        train(DepthNet(0.25), Ramps(), plan, folder=tmp_path / "whole", resume=True)
+        train_depth(DepthNet(0.25), Ramps(), plan, folder=tmp_path / "whole", resume=True)
     with pytest.raises(InputError, match="frames 12 there, 11 here"):
-        train(resumed, Ramps(11), plan, folder=tmp_path / "whole", resume=True)
+        train_depth(resumed, Ramps(11), plan, folder=tmp_path / "whole", resume=True)
 
 
 def test_a_killed_training_goes_on(tmp_path):
@@ -551,7 +561,7 @@ def test_a_killed_training_goes_on(tmp_path):
     time.sleep(0.3)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    content = load_checkpoint(checkpoint)  # whole, whenever the kill came
+    content = load_depth_checkpoint(checkpoint)  # whole, whenever the kill came
     assert 1 <= len(content["history"]) < 60 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (
         1,
         1,
@@ -569,11 +579,11 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_touches_nothing(value):
 
     network = DepthNet(0.125)
     with pytest.raises(InputError, match=r"epoch 0, batch \d: the loss or its gradient is not finite; frames .*ramp_7"):
-        train(network, Broken(), PLAN, progress=False)
+        train_depth(network, Broken(), PLAN, progress=False)
     assert all(torch.isfinite(p).all() for p in network.parameters()) and not network.training
     unnamed = [Broken()[k] for k in range(12)]
     with pytest.raises(InputError, match="frames .*number 7"):
-        train(DepthNet(0.125), unnamed, PLAN, progress=False)
+        train_depth(DepthNet(0.125), unnamed, PLAN, progress=False)
 
 
 def test_frames_without_depth_do_no_harm():
@@ -582,24 +592,24 @@ def test_frames_without_depth_do_no_harm():
             rgb, depth = super().__getitem__(k)
             return rgb, depth * 0
 
-    history = train(
-        DepthNet(0.125), Bare(), Training(epochs=1, batch=4, smoothness=0), validation=Bare(2), progress=False
+    history = train_depth(
+        DepthNet(0.125), Bare(), DepthTraining(epochs=1, batch=4, smoothness=0), validation=Bare(2), progress=False
     )
     assert history.loss[0] == 0 and history.abs_rel.isna().all()
 
 
 def test_the_schedule_and_the_settings():
-    rates = [learning_rate_at(k, 100, Training(learning_rate=2.0, warmup=0.1)) for k in range(100)]
+    rates = [learning_rate_at(k, 100, DepthTraining(learning_rate=2.0, warmup=0.1)) for k in range(100)]
     assert (
         np.allclose(rates[:10], 0.2 * np.arange(1, 11))
         and np.isclose(rates[54], 1)
         and np.isclose(rates[99], 0)
         and max(rates) == rates[9] == 2
     )
-    assert [Training(penalty=p).penalty_weight for p in ("", "mean", "range")] == list(
+    assert [DepthTraining(penalty=p).penalty_weight for p in ("", "mean", "range")] == list(
         PENALTY_WEIGHTS.values()
-    ) and Training(penalty="range", penalty_weight=2.0).penalty_weight == 2
-    assert Training(warmup=0).warmup == 0 and learning_rate_at(0, 1, Training(warmup=0)) < 1e-12
+    ) and DepthTraining(penalty="range", penalty_weight=2.0).penalty_weight == 2
+    assert DepthTraining(warmup=0).warmup == 0 and learning_rate_at(0, 1, DepthTraining(warmup=0)) < 1e-12
     for wrong in (
         dict(clip=0),
         dict(learning_rate=math.nan),
@@ -608,7 +618,7 @@ def test_the_schedule_and_the_settings():
         dict(penalty_weight=-1),
     ):
         with pytest.raises(InputError):
-            Training(**wrong)
+            DepthTraining(**wrong)
 
 
 def test_normalising_is_the_presets():
@@ -620,15 +630,15 @@ def test_normalising_is_the_presets():
 
 def test_workers_and_tensors_change_nothing():
     tensors = [tuple(torch.from_numpy(x) for x in Ramps()[k]) for k in range(12)]
-    plan = Training(epochs=1, batch=4)
+    plan = DepthTraining(epochs=1, batch=4)
     one, two, three = (
-        train(DepthNet(0.125), data, plan, workers=workers, progress=False)
+        train_depth(DepthNet(0.125), data, plan, workers=workers, progress=False)
         for data, workers in ((Ramps(), 0), (Ramps(), 2), (tensors, 0))
     )
     assert one.equals(two) and one.equals(three) and read_pair(tensors, 0)[0].dtype == torch.float32
-    frames = evaluate(DepthNet(0.125), Ramps(5), batch=2)
+    frames = evaluate_network(DepthNet(0.125), Ramps(5), batch=2)
     assert len(frames) == 5 and frames.abs_rel.tolist() == pytest.approx(
-        evaluate(DepthNet(0.125), Ramps(5), batch=5).abs_rel.tolist(), rel=1e-4
+        evaluate_network(DepthNet(0.125), Ramps(5), batch=5).abs_rel.tolist(), rel=1e-4
     )
 
 
@@ -636,7 +646,7 @@ def test_tensorboard_logs_are_there(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    history = train(DepthNet(0.125), Ramps(), PLAN, validation=Ramps(2), folder=tmp_path, progress=False)
+    history = train_depth(DepthNet(0.125), Ramps(), PLAN, validation=Ramps(2), folder=tmp_path, progress=False)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("step/loss")] == list(range(9))
     for column in history.columns[1:]:
@@ -646,20 +656,20 @@ def test_tensorboard_logs_are_there(tmp_path):
 def test_without_tensorboard_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="TensorBoard is not installed; pip install"):
-        train(DepthNet(0.125), Ramps(), PLAN, folder=tmp_path, progress=False)
-    assert len(train(DepthNet(0.125), Ramps(), Training(epochs=1, batch=4), progress=False)) == 1
+        train_depth(DepthNet(0.125), Ramps(), PLAN, folder=tmp_path, progress=False)
+    assert len(train_depth(DepthNet(0.125), Ramps(), DepthTraining(epochs=1, batch=4), progress=False)) == 1
 
 
 def test_fine_tuning_with_the_range_penalty_evens_the_ranges(tmp_path):
     network = DepthNet(0.125, min_m=0.5, max_m=20)
-    train(network, Ramps(), PLAN, folder=tmp_path, progress=False)
+    train_depth(network, Ramps(), PLAN, folder=tmp_path, progress=False)
     uneven = unequalize(network, 1)
     plain, evened = unequalize(network, 1), unequalize(network, 1)
-    train(plain, Ramps(), Training(epochs=4, batch=4, learning_rate=1e-2), progress=False)
-    train(
+    train_depth(plain, Ramps(), DepthTraining(epochs=4, batch=4, learning_rate=1e-2), progress=False)
+    train_depth(
         evened,
         Ramps(),
-        Training(epochs=4, batch=4, learning_rate=1e-2, penalty="range", penalty_weight=0.1),
+        DepthTraining(epochs=4, batch=4, learning_rate=1e-2, penalty="range", penalty_weight=0.1),
         progress=False,
     )
     before, without, with_penalty = (range_penalty(n).item() for n in (uneven, plain, evened))

@@ -36,7 +36,7 @@ from calib_nb.faces.detect import (
     letterbox_scale,
     suppress,
 )
-from calib_nb.faces.detectors import METHODS, FaceDetector, available, read_image
+from calib_nb.faces.detectors import DETECTORS, FaceDetector, available, read_image
 from calib_nb.faces.landmarks import (
     RtmposeFaces,
     box_to_input,
@@ -613,7 +613,7 @@ def test_nothing_is_downloaded_by_a_look(tmp_path, monkeypatch):
     monkeypatch.setattr("calib_nb.faces.detectors.fetch_model", lambda *a, **k: pytest.fail("it tried"))
     table = available(tmp_path)
     assert (
-        table.method.tolist() == list(METHODS)
+        table.method.tolist() == list(DETECTORS)
         and (table.loc[~table.ready, "missing"] != "").all()
         and (table.loc[~table.ready, "get"] != "").all()
     )
@@ -628,7 +628,7 @@ BARS = {"yunet": (0.90, 0.95), "scrfd": (0.95, 0.95), "retinaface": (0.92, 0.96)
 
 
 def build(name, real_data, **options):
-    if METHODS[name].runs_on == "mediapipe":
+    if DETECTORS[name].runs_on == "mediapipe":
         pytest.importorskip("mediapipe", reason="the extra mediapipe is not installed")
     return FaceDetector(name, models=real_data / "models", **options)
 
@@ -740,11 +740,11 @@ def test_a_missing_mediapipe_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_int8_runs_in_the_same_place(real_data, tmp_path):
     """A published detector quantized here stays a detector behind the same word."""
-    from calib_nb.quant.quantize import quantize
+    from calib_nb.quant.quantize import quantize_static
 
     photos = [decode(p) for p in lfw_photos(real_data)[:12]]
-    method = METHODS["retinaface"]
-    int8 = quantize(
+    method = DETECTORS["retinaface"]
+    int8 = quantize_static(
         real_data / "models" / "retinaface_mobilenet0.25_FaceDetector_heads.onnx",
         [letterbox(p, (640, 640), **method.placing)[0] for p in photos[:8]],
         method.preprocess,

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calib_nb.analysis.diagnose import Thresholds, diagnose, diagnosis_page, plot_diagnosis
+from calib_nb.analysis.diagnose import Thresholds, diagnose_model, diagnosis_page, plot_diagnosis
 from calib_nb.analysis.match import pair
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.images import decode
@@ -20,7 +20,7 @@ from calib_nb.graph.contract import fix_batch
 from calib_nb.graph.model import load_graph
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.equalize import equalize
-from calib_nb.quant.quantize import quantize
+from calib_nb.quant.quantize import quantize_static
 from calib_nb.quant.recipe import auto
 
 quantization = pytest.importorskip("onnxruntime.quantization")
@@ -87,8 +87,8 @@ WRITERS = {
     "ort per tensor": lambda m, o, p, c: static(m, o, p, c, False),
     "ort per channel": lambda m, o, p, c: static(m, o, p, c, True),
     "ort prepared": lambda m, o, p, c: static(m, o, p, c, True, prepare=True),
-    "ort-cpu": lambda m, o, p, c: quantize(m, p, c, o, profile="ort-cpu", progress=False).path,
-    "per-tensor-npu": lambda m, o, p, c: quantize(m, p, c, o, profile="per-tensor-npu", progress=False).path,
+    "ort-cpu": lambda m, o, p, c: quantize_static(m, p, c, o, profile="ort-cpu", progress=False).path,
+    "per-tensor-npu": lambda m, o, p, c: quantize_static(m, p, c, o, profile="per-tensor-npu", progress=False).path,
 }
 
 
@@ -111,7 +111,7 @@ def ratios(x, y):
 def test_every_writer_is_read(writer, tmp_path):
     model = network(tmp_path / "m.onnx")
     int8 = WRITERS[writer](model, tmp_path / "q.onnx", PICTURES, chain)
-    found = diagnose(model, int8, PICTURES, chain, progress=False)
+    found = diagnose_model(model, int8, PICTURES, chain, progress=False)
     table = found.table.set_index("output")
     assert not found.unmatched and found.table.macs_share.sum() == pytest.approx(1)
     assert (table.sqnr_isolated_db > 25).all() and set(table.grade) == {"OK"} and not table.rescaled.any()
@@ -133,7 +133,7 @@ def test_numbers_against_an_oracle(tmp_path):
     """The residual of ONNX Runtime's file by hand: alone it is the float sum, rounded by its own Q."""
     model = network(tmp_path / "m.onnx")
     int8 = static(model, tmp_path / "q.onnx", PICTURES[:5], chain, False)
-    table = diagnose(model, int8, PICTURES, chain, progress=False).table.set_index("output")
+    table = diagnose_model(model, int8, PICTURES, chain, progress=False).table.set_index("output")
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load(int8).graph.initializer}
     scale, zero = float(constants["sum_scale"]), int(constants["sum_zero_point"])
     x, y = tensors(model, ["sum"])[0], tensors(int8, ["sum_DequantizeLinear_Output"])[0]
@@ -166,7 +166,7 @@ def test_a_planted_fault_is_found(writer, tmp_path):
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(20), scale.name))
     onnx.save(broken, tmp_path / "broken.onnx")
     assert readers
-    found = diagnose(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False)
+    found = diagnose_model(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False)
     table = found.table.set_index("output")
     worst = found.worst().iloc[0]
     assert (worst.output, worst.grade, worst.cause) == ("r1", "Critical", "clipping") and worst.clipped_share > 0.3
@@ -182,12 +182,12 @@ def test_a_planted_fault_is_found(writer, tmp_path):
 def test_a_wrong_weight_scale_is_no_intent(tmp_path):
     model = network(tmp_path / "m.onnx")
     broken = onnx.load(
-        quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
     )
     scale = next(t for t in broken.graph.initializer if t.name == "w3_scale")
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(3), scale.name))
     onnx.save(broken, tmp_path / "broken.onnx")
-    table = diagnose(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False).table.set_index("output")
+    table = diagnose_model(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False).table.set_index("output")
     assert (
         not table.rescaled.any()
         and table.own_db.idxmin() == "c3"
@@ -200,50 +200,52 @@ def test_a_wrong_weight_scale_is_no_intent(tmp_path):
 def test_equalized_networks_are_compared_without_their_factors(tmp_path):
     model = network(tmp_path / "m.onnx")
     even = equalize(simplify(load_graph(model)), [chain(p) for p in PICTURES]).save(tmp_path / "even.onnx")
-    table = diagnose(
+    table = diagnose_model(
         model,
-        quantize(even, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
+        quantize_static(even, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
         PICTURES,
         chain,
         progress=False,
     ).table.set_index("output")
     assert table.rescaled.sum() >= 1 and (table.own_db > 20).all() and table.weight_sqnr_db[["r2", "c3"]].isna().all()
     recipe = auto(model, PICTURES, chain, tmp_path / "auto.onnx", profile="per-tensor-npu", progress=False)
-    found = diagnose(model, recipe.model.path, PICTURES, chain, progress=False)
+    found = diagnose_model(model, recipe.model.path, PICTURES, chain, progress=False)
     assert not found.unmatched and (found.table.own_db > 20).all()
 
 
 def test_files_that_do_not_belong_together(tmp_path):
     model = network(tmp_path / "m.onnx")
-    int8 = quantize(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
+    int8 = quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
     with pytest.raises(ModelError, match="weights of q.onnx are not those of other.onnx"):
-        diagnose(network(tmp_path / "other.onnx", seed=5), int8, PICTURES, chain, progress=False)
+        diagnose_model(network(tmp_path / "other.onnx", seed=5), int8, PICTURES, chain, progress=False)
     with pytest.raises(ModelError, match="of the layers of renamed.onnx are in q.onnx"):
-        diagnose(network(tmp_path / "renamed.onnx", names=lambda n: f"t_{n}"), int8, PICTURES, chain, progress=False)
+        diagnose_model(
+            network(tmp_path / "renamed.onnx", names=lambda n: f"t_{n}"), int8, PICTURES, chain, progress=False
+        )
     with pytest.raises(ModelError, match="is a float model"):
-        diagnose(model, model, PICTURES, chain, progress=False)
+        diagnose_model(model, model, PICTURES, chain, progress=False)
     with pytest.raises(ModelError, match="already quantized"):
-        diagnose(int8, int8, PICTURES, chain, progress=False)
+        diagnose_model(int8, int8, PICTURES, chain, progress=False)
     with pytest.raises(ModelError, match="no such model"):
-        diagnose(model, tmp_path / "missing.onnx", PICTURES, chain, progress=False)
+        diagnose_model(model, tmp_path / "missing.onnx", PICTURES, chain, progress=False)
     with pytest.raises(InputError, match="preprocessing gives"):
-        diagnose(model, int8, PICTURES, lambda bgr: chain(bgr)[:, :, :8], progress=False)
+        diagnose_model(model, int8, PICTURES, lambda bgr: chain(bgr)[:, :, :8], progress=False)
     quantization.quantize_dynamic(str(model), str(tmp_path / "dynamic.onnx"))
     with pytest.raises(ModelError, match="integer operators"):
-        diagnose(model, tmp_path / "dynamic.onnx", PICTURES, chain, progress=False)
+        diagnose_model(model, tmp_path / "dynamic.onnx", PICTURES, chain, progress=False)
 
 
 def test_a_layer_without_counterpart_is_listed_never_guessed(tmp_path):
     model = network(tmp_path / "m.onnx")
     written = onnx.load(
-        quantize(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
     )
     for n in written.graph.node:
         for names in (n.input, n.output):
             for k, name in enumerate(names):
                 names[k] = "hidden" if name == "r2" else name
     onnx.save(written, tmp_path / "hidden.onnx")
-    found = diagnose(model, tmp_path / "hidden.onnx", PICTURES, chain, progress=False)
+    found = diagnose_model(model, tmp_path / "hidden.onnx", PICTURES, chain, progress=False)
     assert "Conv_c2" in found.unmatched and "r2" not in set(found.table.output) and "no counterpart" in found.summary
     assert not pair(model, tmp_path / "hidden.onnx").factors
 
@@ -252,9 +254,9 @@ def test_page_and_figure(tmp_path):
     import matplotlib.pyplot as plt
 
     model = network(tmp_path / "m.onnx")
-    found = diagnose(
+    found = diagnose_model(
         model,
-        quantize(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
+        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
         PICTURES,
         chain,
         thresholds=Thresholds(warning_db=60),
@@ -275,7 +277,7 @@ def test_command(tmp_path):
     import cv2
 
     model = network(tmp_path / "m.onnx")
-    int8 = quantize(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
+    int8 = quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
     (tmp_path / "photos").mkdir()
     for k, picture in enumerate(PICTURES):
         cv2.imwrite(str(tmp_path / "photos" / f"{k}.png"), picture)
@@ -332,7 +334,7 @@ def test_edgeface(writer, real_data, tmp_path):
     model = fix_batch(real_data / "models" / "edgeface_xxs_q_dequant.onnx", tmp_path / "edge.onnx")
     photos = sorted((real_data / "lfw" / "images").rglob("*.jpg"))
     int8 = WRITERS[writer](model, tmp_path / "q.onnx", photos[::80], preset("edgeface"))
-    found = diagnose(model, int8, photos[7::200], preset("edgeface"), progress=False)
+    found = diagnose_model(model, int8, photos[7::200], preset("edgeface"), progress=False)
     assert not found.unmatched and not found.table.rescaled.any()
     assert found.table.weight_sqnr_db.notna().sum() >= 50
     if writer != "ort-cpu":  # which leaves everything but products in float
@@ -359,14 +361,14 @@ def test_yunet(writer, real_data, tmp_path):
         source = tmp_path / "opset13.onnx"
         onnx.save(onnx.version_converter.convert_version(onnx.load(model), 13), source)
         with pytest.raises(ModelError, match="unreadable.onnx"):
-            diagnose(
+            diagnose_model(
                 model,
                 static(model, tmp_path / "unreadable.onnx", photos[:1], see, True),
                 photos[8:9],
                 see,
                 progress=False,
             )
-    found = diagnose(
+    found = diagnose_model(
         model, WRITERS[writer](source, tmp_path / "q.onnx", photos[:8], see), photos[8:11], see, progress=False
     )
     assert not found.unmatched and len(found.table) >= 60 and (found.table.weight_sqnr_db.dropna() > 25).all()

@@ -24,9 +24,16 @@ from calib_nb.data.images import decode
 from calib_nb.data.preprocess import preset
 from calib_nb.faces.align import align
 from calib_nb.faces.detect import detect_opencv
-from calib_nb.faces.edgeface import VARIANTS, edgeface, export_onnx, flops_table, load_checkpoint, read_checkpoint
+from calib_nb.faces.edgeface import (
+    EDGEFACE_VARIANTS,
+    edgeface,
+    export_edgeface,
+    flops_table,
+    load_edgeface,
+    read_edgeface,
+)
 from calib_nb.faces.edgenext import (
-    SIZES,
+    EDGENEXT_SIZES,
     CrossCovarianceAttention,
     LoRaLin,
     SplitTransposeBlock,
@@ -113,8 +120,10 @@ def test_parameters_and_operations_are_the_published_ones(variant, mparams, mflo
     ],
 )
 def test_the_exported_graph_has_as_many_multiply_accumulates(variant, tmp_path):
-    graph = simplify(load_graph(export_onnx(edgeface(variant), tmp_path / "m.onnx")))
-    positions = SIZES[VARIANTS[variant].size].channels[1] * 64 * 14 * 14  # their projection is a constant there
+    graph = simplify(load_graph(export_edgeface(edgeface(variant), tmp_path / "m.onnx")))
+    positions = (
+        EDGENEXT_SIZES[EDGEFACE_VARIANTS[variant].size].channels[1] * 64 * 14 * 14
+    )  # their projection is a constant there
     assert macs(graph).macs.sum() + positions == round(flops_table([variant]).mmacs[0] * 1e6)
 
 
@@ -230,8 +239,8 @@ def test_a_training_step_reaches_every_weight_and_lowers_the_loss():
 def test_onnx_computes_what_torch_does(variant, tmp_path):
     module = awake(edgeface(variant))
     fixed, dynamic = (
-        export_onnx(module, tmp_path / "fixed.onnx"),
-        export_onnx(module, tmp_path / "a" / "dynamic.onnx", dynamic_batch=True),
+        export_edgeface(module, tmp_path / "fixed.onnx"),
+        export_edgeface(module, tmp_path / "a" / "dynamic.onnx", dynamic_batch=True),
     )
     x = crops(4)
     with torch.no_grad():
@@ -253,7 +262,7 @@ def test_a_file_that_differs_is_not_left(tmp_path):
     with torch.no_grad():
         module.model.stem[0].bias[0] = float("inf")
     with pytest.raises(ModelError, match="differs from the torch module"):
-        export_onnx(module, path)
+        export_edgeface(module, path)
     assert path.read_text() == "older" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -290,7 +299,7 @@ def saved(tmp_path_factory):
     ],
 )
 def test_float_checkpoints_come_back_bit_for_bit(saved, file, variant):
-    module = load_checkpoint(saved / file, variant)
+    module = load_edgeface(saved / file, variant)
     wanted = torch.load(saved / file, weights_only=True)
     assert not module.training and list(module.state_dict()) == list(wanted)
     assert all(torch.equal(value, wanted[key]) for key, value in module.state_dict().items())
@@ -298,7 +307,7 @@ def test_float_checkpoints_come_back_bit_for_bit(saved, file, variant):
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 def test_packed_layers_come_out_as_the_nearest_steps(saved, per):
-    found, plain = load_checkpoint(saved / f"per_{per}.pt", "xxs").state_dict(), awake(edgeface("xxs")).state_dict()
+    found, plain = load_edgeface(saved / f"per_{per}.pt", "xxs").state_dict(), awake(edgeface("xxs")).state_dict()
     for key, value in found.items():
         linear = any(part in key for part in (".fc", ".qkv.", ".proj.")) and key.endswith("weight")
         span = (
@@ -336,7 +345,7 @@ def test_packed_layers_come_out_as_the_nearest_steps(saved, per):
 )
 def test_the_wrong_variant_is_one_clear_line(saved, file, variant, said):
     with pytest.raises(InputError, match=said) as e:
-        load_checkpoint(saved / file, variant)
+        load_edgeface(saved / file, variant)
     assert "\n" not in str(e.value)
 
 
@@ -350,7 +359,7 @@ def test_the_wrong_variant_is_one_clear_line(saved, file, variant, said):
 def test_what_is_no_state_dict_of_edgeface_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ModelError) as e:
-        load_checkpoint(tmp_path / "c.pt", "xxs")
+        load_edgeface(tmp_path / "c.pt", "xxs")
     assert "\n" not in str(e.value) and "c.pt" in str(e.value)
 
 
@@ -387,7 +396,7 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path_factory, damage):
     path = tmp_path_factory.getbasetemp() / "damaged.pt"
     path.write_bytes(data)
     try:
-        assert all(isinstance(value, torch.Tensor) for value in read_checkpoint(path).values())
+        assert all(isinstance(value, torch.Tensor) for value in read_edgeface(path).values())
     except ModelError as e:
         assert "\n" not in str(e) and "damaged.pt" in str(e)
 
@@ -425,7 +434,7 @@ def test_hostile_pickles_do_nothing(where, function, tmp_path):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=where != "old_format")
     with pytest.raises(ModelError):
-        load_checkpoint(path, "xxs")
+        load_edgeface(path, "xxs")
     assert not mark.exists()
     if where != "bare_pickle":  # and it would have done something
         torch.load(path, weights_only=False)
@@ -438,7 +447,7 @@ def test_a_pickle_hidden_beside_the_weights_does_nothing(tmp_path, saved):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("edgeface_xxs/constants.pkl", pickle.dumps(Call(os.mkdir, str(mark))))
     try:
-        read_checkpoint(path)
+        read_edgeface(path)
     except ModelError as e:
         assert "c.pt" in str(e)
     assert not mark.exists()
@@ -458,13 +467,15 @@ def test_torch_hub_offers_every_variant(saved):
         for name, found in runpy.run_path(str(ROOT / "hubconf.py")).items()
         if callable(found) and not name.startswith("_")
     }
-    assert sorted(entries) == sorted(VARIANTS) and all("[N,3,112,112]" in entry.__doc__ for entry in entries.values())
+    assert sorted(entries) == sorted(EDGEFACE_VARIANTS) and all(
+        "[N,3,112,112]" in entry.__doc__ for entry in entries.values()
+    )
     loaded = torch.hub.load(str(ROOT), "edgeface_xxs", source="local", checkpoint=str(saved / "edgeface_xxs.pt"))
     fresh = torch.hub.load(str(ROOT), "edgeface_xs_gamma_06", source="local")
     x = crops(1)
     with torch.no_grad():
         assert (
-            torch.equal(loaded(x), load_checkpoint(saved / "edgeface_xxs.pt")(x))
+            torch.equal(loaded(x), load_edgeface(saved / "edgeface_xxs.pt")(x))
             and fresh(x).shape == (1, 512)
             and not fresh.training
         )
@@ -482,7 +493,7 @@ def test_the_command_exports_and_refuses(saved, tmp_path, capsys):
         assert (
             np.abs(
                 open_session(output).run(None, {"input": x.numpy()})[0]
-                - load_checkpoint(saved / "per_tensor.pt")(x).numpy()
+                - load_edgeface(saved / "per_tensor.pt")(x).numpy()
             ).max()
             < 1e-4
         )
@@ -524,7 +535,7 @@ def test_the_authors_checkpoints_have_our_keys_and_shapes(real_data, variant):
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_the_authors_checkpoints_compute_what_their_onnx_files_do(real_data, variant, tmp_path):
-    module = load_checkpoint(real_data / "models" / f"{QUANTIZED[variant]}.pt", variant)
+    module = load_edgeface(real_data / "models" / f"{QUANTIZED[variant]}.pt", variant)
     x = crops(8)
     with torch.no_grad():
         found = module(x).numpy()
@@ -532,13 +543,13 @@ def test_the_authors_checkpoints_compute_what_their_onnx_files_do(real_data, var
         0
     ]
     assert wanted.std() > 0.05 and np.abs(found - wanted).max() < 1e-4
-    exported = open_session(export_onnx(module, tmp_path / "m.onnx", dynamic_batch=True)).run(
+    exported = open_session(export_edgeface(module, tmp_path / "m.onnx", dynamic_batch=True)).run(
         None, {"input": x.numpy()}
     )[0]
     assert np.abs(exported - wanted).max() < 1e-4
     other = next(v for v in QUANTIZED if v != variant)
     with pytest.raises(ModelError, match=f"it fits {variant}$"):
-        load_checkpoint(real_data / "models" / f"{QUANTIZED[variant]}.pt", other)
+        load_edgeface(real_data / "models" / f"{QUANTIZED[variant]}.pt", other)
 
 
 def embed_lfw(real_data, rows):
@@ -560,7 +571,7 @@ def embed_lfw(real_data, rows):
     x = np.concatenate([chain(crop) for crop in task.samples])
     for variant, file in QUANTIZED.items():
         module, session = (
-            load_checkpoint(real_data / "models" / f"{file}.pt"),
+            load_edgeface(real_data / "models" / f"{file}.pt"),
             open_session(real_data / "models" / f"{file}_dequant.onnx"),
         )
         with torch.no_grad():

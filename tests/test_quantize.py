@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from calib_nb.core.errors import ImageError, InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.graph.contract import fix_batch, open_session, read_contract
-from calib_nb.quant.quantize import images_digest, quantize, read_history
-from calib_nb.quant.ranges import METHODS
+from calib_nb.quant.quantize import images_digest, quantize_static, read_history
+from calib_nb.quant.ranges import RANGE_METHODS
 from calib_nb.quant.target import PROFILES, Profile, profile
 
 
@@ -62,12 +62,14 @@ def run(path, picture):
 
 
 @pytest.mark.parametrize("target", PROFILES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 @pytest.mark.parametrize("opset", [11, 17])
 def test_every_profile_and_method_comes_close_to_float(tmp_path, pictures, target, method, opset):
     model = network(tmp_path / "float.onnx", opset=opset)
     before = sha256_file(model)
-    result = quantize(model, pictures, scale, tmp_path / "int8.onnx", profile=target, method=method, progress=False)
+    result = quantize_static(
+        model, pictures, scale, tmp_path / "int8.onnx", profile=target, method=method, progress=False
+    )
     assert sha256_file(model) == before
     assert read_contract(result.path).quantized and result.images == 12
     onnx.checker.check_model(str(result.path), full_check=True)
@@ -79,7 +81,9 @@ def test_every_profile_and_method_comes_close_to_float(tmp_path, pictures, targe
 @pytest.mark.parametrize("target", PROFILES)
 def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
     facts = profile(target)
-    proto = onnx.load(quantize(model, pictures, scale, tmp_path / "int8.onnx", profile=target, progress=False).path)
+    proto = onnx.load(
+        quantize_static(model, pictures, scale, tmp_path / "int8.onnx", profile=target, progress=False).path
+    )
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     conv = next(n for n in proto.graph.node if n.op_type == "Conv")
     producer = {n.output[0]: n for n in proto.graph.node}
@@ -98,7 +102,7 @@ def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
 
 
 def test_minmax_is_the_range_that_was_seen(tmp_path, model, pictures):
-    proto = onnx.load(quantize(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path)
+    proto = onnx.load(quantize_static(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path)
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     first = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
     seen = np.stack([scale(p) for p in pictures])
@@ -118,7 +122,7 @@ def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, picture
 
 
 def test_history_is_in_the_file(tmp_path, model, pictures):
-    result = quantize(
+    result = quantize_static(
         model, pictures, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False
     )
     history = read_history(result.path)
@@ -137,26 +141,26 @@ def test_paths_and_arrays_are_alike(tmp_path, model, pictures):
     for path, picture in zip(paths, pictures, strict=True):
         cv2.imwrite(str(path), picture)
     a, b = (
-        onnx.load(quantize(model, images, scale, tmp_path / "int8.onnx", progress=False).path)
+        onnx.load(quantize_static(model, images, scale, tmp_path / "int8.onnx", progress=False).path)
         for images in (paths, pictures)
     )
     assert a.graph == b.graph
     (tmp_path / "0.png").write_bytes(b"")
     with pytest.raises(ImageError, match="0.png"):
-        quantize(model, paths, scale, tmp_path / "bad.onnx", progress=False)
+        quantize_static(model, paths, scale, tmp_path / "bad.onnx", progress=False)
     assert not (tmp_path / "bad.onnx").exists()
 
 
 def refuse(match, error, *arguments, **options):
     output = arguments[3]
     with pytest.raises(error, match=match) as caught:
-        quantize(*arguments, progress=False, **options)
+        quantize_static(*arguments, progress=False, **options)
     assert "\n" not in str(caught.value) and not output.exists()
 
 
 def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
     out = tmp_path / "out.onnx"
-    int8 = quantize(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path
+    int8 = quantize_static(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path
     refuse("already quantized", ModelError, int8, pictures, scale, out)
     refuse("fix-batch", ModelError, network(tmp_path / "open.onnx", shape=("n", 3, 16, 16)), pictures, scale, out)
     refuse("has 2 inputs", ModelError, network(tmp_path / "two.onnx", inputs=2), pictures, scale, out)
@@ -166,7 +170,8 @@ def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
     refuse("text.onnx", ModelError, tmp_path / "text.onnx", pictures, scale, out)
     onnx.save(onnx.load(model), tmp_path / "external.onnx", save_as_external_data=True, size_threshold=0)
     assert (
-        quantize(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share == 1
+        quantize_static(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share
+        == 1
     )
     relu = helper.make_graph(
         [helper.make_node("Exp", ["input"], ["output"])],
@@ -202,13 +207,13 @@ def test_other_bad_input_is_refused(tmp_path, model, pictures):
         profile=Profile("four", True, True, False, False, weight_bits=4),
     )
     with pytest.raises(InputError, match="another file than the model"):
-        quantize(model, pictures, scale, model)
+        quantize_static(model, pictures, scale, model)
 
 
 def test_nothing_is_printed_and_logging_is_left_alone(tmp_path, model, pictures, capfd):
     root = logging.getLogger()
     before = (list(root.handlers), list(root.filters), root.level)
-    quantize(model, pictures, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
+    quantize_static(model, pictures, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
     assert capfd.readouterr() == ("", "") and (list(root.handlers), list(root.filters), root.level) == before
 
 
@@ -250,12 +255,12 @@ def test_real_face_models(real_data, tmp_path):
 
     photos = [real_data / "lfw/images" / p for p in find_images(real_data / "lfw/images")[:10]]
     edgeface = fix_batch(real_data / "models/edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
-    result = quantize(edgeface, photos, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
+    result = quantize_static(edgeface, photos, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
     assert result.size_mb < 0.4 * result.float_size_mb and "LayerNormalization" in {
         n.op_type for n in onnx.load(result.path).graph.node
     }
     yunet = real_data / "models/face_detection_yunet_2023mar.onnx"  # opset 11, uint8 preprocessing
-    result = quantize(
+    result = quantize_static(
         yunet,
         photos,
         preset("yunet", size=(640, 640)),

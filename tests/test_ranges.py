@@ -17,7 +17,7 @@ from calib_nb.graph.contract import fix_batch
 from calib_nb.quant.kernels import entropy_threshold
 from calib_nb.quant.observe import network_input, observe
 from calib_nb.quant.ranges import (
-    METHODS,
+    RANGE_METHODS,
     ema,
     iqr,
     kl,
@@ -31,8 +31,8 @@ from calib_nb.quant.ranges import (
     weighted_counts,
 )
 from calib_nb.quant.stability import (
+    activation_coverage,
     compare_choices,
-    coverage,
     covering_images,
     drift_curve,
     enough_images,
@@ -85,7 +85,7 @@ def stats(photos):
 def test_every_method_gives_a_range_within_what_was_seen(pieces):
     stats = pool(pieces)
     every = np.concatenate(pieces).astype(np.float64)
-    for method in METHODS:
+    for method in RANGE_METHODS:
         low, high = ranges(stats, method).loc["x"]
         assert np.isfinite([low, high]).all() and low <= high
         slack = 1e-6 * np.abs(every).max()
@@ -107,7 +107,7 @@ def test_percentile_never_cuts_more_than_asked(pieces, share):
         assert cut <= (100 - share) / 200 * every.size * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 def test_edge_cases(stats, method):
     table = ranges(stats, method)
     assert (
@@ -127,7 +127,7 @@ def test_edge_cases(stats, method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 def test_all_images_named_are_all_images(stats, method):
     assert ranges(stats, method, images=list(stats.images)).equals(ranges(stats, method))
     twice = ranges(stats, method, images=list(stats.images) * 2)
@@ -254,7 +254,7 @@ def test_what_is_not_known_is_refused(stats, method, options, match):
 
 def test_resampling_agrees_with_ranges(stats):
     draws = np.array([[3, 3, 9, 20], [0, 1, 2, 2]])
-    for method in METHODS:
+    for method in RANGE_METHODS:
         found = resampled_ranges(stats, method, draws)
         for rows, table in zip(draws, found):
             assert np.allclose(
@@ -306,10 +306,10 @@ def test_greedy_cover_is_never_far_from_the_best_pair(seed):
         y=[np.float32(rng.normal(0, 1, 3)) for _ in range(8)],
         z=[np.float32(rng.normal(3, 1, 1)) for _ in range(8)],
     )
-    best = max(coverage(stats, [a, b]) for a in stats.images for b in stats.images)
-    assert coverage(stats, covering_images(stats, 2)) >= 0.63 * best
+    best = max(activation_coverage(stats, [a, b]) for a in stats.images for b in stats.images)
+    assert activation_coverage(stats, covering_images(stats, 2)) >= 0.63 * best
     order = covering_images(stats, 8)
-    assert sorted(order) == list(stats.images) and coverage(stats, order) == pytest.approx(1)
+    assert sorted(order) == list(stats.images) and activation_coverage(stats, order) == pytest.approx(1)
 
 
 # a real model

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.sample import STRATEGIES, apportion, assign_bins, candidates, fill_bins, select, shuffled
+from calib_nb.data.sample import (
+    SELECTION_STRATEGIES,
+    apportion,
+    assign_bins,
+    candidates,
+    fill_bins,
+    select_images,
+    shuffled,
+)
 
 RANGES = {"near": (0, 3), "mid": (3, 8), "far": (8, 15), "very_far": (15, 100)}
 RATIOS = {"near": 0.25, "mid": 0.40, "far": 0.25, "very_far": 0.10}
@@ -61,13 +69,13 @@ def test_fill_takes_all_it_can_and_no_more(total, bins):
 
 
 def test_depth_numbers_of_the_specification():
-    chosen = select(depths(), "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
+    chosen = select_images(depths(), "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
     assert chosen.plan["available"].tolist() == [1823, 2456, 492, 85]
     assert chosen.plan["taken"].tolist() == [75, 120, 75, 30] and not chosen.warnings
 
 
 def test_a_shortfall_goes_to_the_others_in_their_ratios_and_is_said():
-    chosen = select(depths(very_far=10), "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
+    chosen = select_images(depths(very_far=10), "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
     plan = chosen.plan.set_index("bin")
     assert (
         len(chosen.rows) == 300 and plan.loc["very_far", "taken"] == 10 and plan.loc["very_far", "note"] == "20 too few"
@@ -80,14 +88,14 @@ def test_a_shortfall_goes_to_the_others_in_their_ratios_and_is_said():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 260), st.integers(0, 2**32), st.integers(1, 250))
+@given(st.sampled_from(sorted(SELECTION_STRATEGIES)), st.integers(1, 260), st.integers(0, 2**32), st.integers(1, 250))
 def test_no_row_twice_exact_count_every_row_accounted_for(strategy, num_samples, seed, size):
     table = scores(size, seed % 5)
     if not (table["error"] == "").any() or (
         strategy == "quality_mix" and not ((table["error"] == "") & (table["quality"] >= 40)).any()
     ):
         return
-    chosen = select(table, strategy, num_samples, seed=seed)
+    chosen = select_images(table, strategy, num_samples, seed=seed)
     usable = table[(table["error"] == "") & ((table["quality"] >= 40) | (strategy != "quality_mix"))]
     assert chosen.rows["path"].is_unique and chosen.rows["path"].isin(usable["path"]).all()
     assert chosen.rows["path"].is_monotonic_increasing
@@ -98,14 +106,14 @@ def test_no_row_twice_exact_count_every_row_accounted_for(strategy, num_samples,
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 100), st.integers(0, 1000), st.randoms())
+@given(st.sampled_from(sorted(SELECTION_STRATEGIES)), st.integers(1, 100), st.integers(0, 1000), st.randoms())
 def test_row_order_does_not_matter(strategy, num_samples, seed, rnd):
     table = scores(200)
     order = list(range(len(table)))
     rnd.shuffle(order)
     one, other = (
-        select(table, strategy, num_samples, seed=seed),
-        select(table.iloc[order], strategy, num_samples, seed=seed),
+        select_images(table, strategy, num_samples, seed=seed),
+        select_images(table.iloc[order], strategy, num_samples, seed=seed),
     )
     pd.testing.assert_frame_equal(one.rows, other.rows)
     pd.testing.assert_frame_equal(one.plan, other.plan)
@@ -113,12 +121,12 @@ def test_row_order_does_not_matter(strategy, num_samples, seed, rnd):
 
 def test_ties_in_quality_do_not_depend_on_the_order_of_rows():
     table = scores(100).assign(quality=50.0, error="")
-    assert select(table, num_samples=10).rows.equals(select(table[::-1], num_samples=10).rows)
+    assert select_images(table, num_samples=10).rows.equals(select_images(table[::-1], num_samples=10).rows)
 
 
 def test_the_seed_decides_and_is_frozen():
     table = scores(100)
-    assert not select(table, "random", 10, seed=1).rows.equals(select(table, "random", 10, seed=2).rows)
+    assert not select_images(table, "random", 10, seed=1).rows.equals(select_images(table, "random", 10, seed=2).rows)
     # frozen: the order of the hash, worked out here without the package
     by_hand = sorted("abcdef", key=lambda p: hashlib.blake2b(p.encode(), digest_size=8, key=b"42").digest())
     assert shuffled(pd.DataFrame({"path": list("abcdef")}))["path"].tolist() == by_hand == list("afebcd")
@@ -126,7 +134,9 @@ def test_the_seed_decides_and_is_frozen():
 
 def test_random_is_fair():
     table = pd.DataFrame({"path": [str(i) for i in range(40)]})
-    counts = pd.concat([select(table, "random", 10, seed=seed).rows["path"] for seed in range(800)]).value_counts()
+    counts = pd.concat(
+        [select_images(table, "random", 10, seed=seed).rows["path"] for seed in range(800)]
+    ).value_counts()
     assert (
         len(counts) == 40 and ((counts - 200) ** 2 / 200).sum() < 75
     )  # chi-square with 39 degrees of freedom, p = 0.0005
@@ -135,7 +145,7 @@ def test_random_is_fair():
 def test_quality_mix_takes_the_top_and_spreads_the_rest():
     table = scores(2000).assign(error="")
     above = table.loc[table["quality"] >= 40, "quality"].sort_values(ascending=False, ignore_index=True)
-    chosen = select(table, num_samples=101).rows["quality"].sort_values(ascending=False, ignore_index=True)
+    chosen = select_images(table, num_samples=101).rows["quality"].sort_values(ascending=False, ignore_index=True)
     assert chosen[:51].tolist() == above[:51].tolist()
     ranks = (len(above) - above[::-1].searchsorted(chosen[51:], side="right") - 51) / (len(above) - 51)
     assert np.abs(ranks - np.linspace(0.01, 0.99, 50)).max() < 0.03
@@ -143,15 +153,15 @@ def test_quality_mix_takes_the_top_and_spreads_the_rest():
 
 def test_quotas_keep_poor_pictures_and_balanced_keeps_weights():
     table = scores(3000)
-    chosen = select(table, "quotas", 100).rows["quality"]
+    chosen = select_images(table, "quotas", 100).rows["quality"]
     assert ((chosen < 40).sum(), ((chosen >= 40) & (chosen < 60)).sum(), (chosen >= 60).sum()) == (10, 20, 70)
-    mine = select(table, "quotas", 50, quotas={"low": 0.5, "high": 0.5}, bins={"low": (0, 50), "high": (50, 100)}).rows[
-        "quality"
-    ]
+    mine = select_images(
+        table, "quotas", 50, quotas={"low": 0.5, "high": 0.5}, bins={"low": (0, 50), "high": (50, 100)}
+    ).rows["quality"]
     assert (mine < 50).sum() == 25
     table["light"] = np.where(table["luma_mean"] < 100, "night", "day")
     weights = {"night": {"few": 3, "many": 1}, "day": {"few": 0, "many": 4}}
-    both = select(
+    both = select_images(
         table,
         "balanced",
         80,
@@ -173,7 +183,7 @@ def test_quotas_keep_poor_pictures_and_balanced_keeps_weights():
 def test_values_outside_every_bin_are_clamped_and_named_nan_is_counted():
     table = depths().assign(mean_depth=lambda t: t["mean_depth"].where(t.index > 3, np.nan))
     table.loc[10:12, "mean_depth"] = [-1.0, 100.0, np.inf]
-    chosen = select(table, "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
+    chosen = select_images(table, "stratified", 300, column="mean_depth", bins=RANGES, ratios=RATIOS)
     plan = chosen.plan.set_index("bin")
     assert (
         plan.loc["(no bin)", "available"] == 4
@@ -197,18 +207,18 @@ def test_bins_agree_with_numpy_inside_their_range(values):
 
 def test_a_constant_column_and_a_csv_without_errors_work(tmp_path):
     table = scores(50).assign(luma_mean=7.0)
-    assert len(select(table, "stratified", 10).rows) == 10
+    assert len(select_images(table, "stratified", 10).rows) == 10
     table.to_csv(tmp_path / "t.csv", index=False)  # "" comes back as NaN
     assert (
-        select(pd.read_csv(tmp_path / "t.csv"), num_samples=5).rows["path"].tolist()
-        == select(table, num_samples=5).rows["path"].tolist()
+        select_images(pd.read_csv(tmp_path / "t.csv"), num_samples=5).rows["path"].tolist()
+        == select_images(table, num_samples=5).rows["path"].tolist()
     )
 
 
 def test_groups_leave_the_best_of_each():
     table = scores(30).assign(error="")
     groups = pd.Series(np.arange(30) // 3, index=table["path"])
-    chosen = select(table, "random", 30, groups=groups)
+    chosen = select_images(table, "random", 30, groups=groups)
     best = table.loc[table.groupby(groups.to_numpy())["quality"].idxmax(), "path"]
     assert sorted(chosen.rows["path"]) == sorted(best) and "20 near-duplicate" in chosen.warnings[0]
 
@@ -236,7 +246,7 @@ def test_groups_leave_the_best_of_each():
 )
 def test_refusals_name_the_fault(arguments, message):
     with pytest.raises(InputError, match=message):
-        select(scores(60), **arguments)
+        select_images(scores(60), **arguments)
 
 
 def test_an_unreachable_threshold_says_what_would_do():
@@ -245,13 +255,13 @@ def test_an_unreachable_threshold_says_what_would_do():
     with pytest.raises(
         InputError, match=r"all 500 images score below 90, the best is 71\.3: try --quality-threshold 50"
     ):
-        select(table, num_samples=100, quality_threshold=90)
+        select_images(table, num_samples=100, quality_threshold=90)
 
 
 def test_a_table_without_a_usable_row():
     with pytest.raises(InputError, match="none of 3 images can be used"):
-        select(scores(3).assign(error="empty"))
+        select_images(scores(3).assign(error="empty"))
     with pytest.raises(InputError, match="no column 'path'"):
-        select(pd.DataFrame({"quality": [1.0]}))
+        select_images(pd.DataFrame({"quality": [1.0]}))
     with pytest.raises(InputError, match="stands in 2 rows"):
         candidates(pd.concat([scores(3), scores(3)]))

@@ -22,11 +22,11 @@ from calib_nb.core.errors import InputError
 from calib_nb.core.parallel import parallel_map
 from calib_nb.data.images import decode, find_images
 from calib_nb.data.score import (
-    COLUMNS,
-    METRICS,
+    SCORE_COLUMNS,
+    SCORE_METRICS,
     ScoreConfig,
-    measure,
     measure_file,
+    measure_quality,
     plot_scores,
     score_folder,
     score_image,
@@ -81,7 +81,7 @@ def numpy_raw(bgr):
 
 def test_raw_numbers_equal_numpy(photos):
     for bgr in photos:
-        raw, (variance, mean, std) = measure(bgr), numpy_raw(bgr)
+        raw, (variance, mean, std) = measure_quality(bgr), numpy_raw(bgr)
         assert raw["luma_mean"] == pytest.approx(mean, abs=0.02) and raw["luma_std"] == pytest.approx(
             std, abs=0.02
         )  # OpenCV's weights are 15-bit integers
@@ -98,7 +98,7 @@ def test_colour_on_the_grid_stands_for_the_whole(photos):
         pixels = bgr.reshape(-1, 3).astype(float)
         luma = pixels @ GRAY
         whole = np.hypot((0.713 * (pixels[:, 2] - luma)).std(), (0.564 * (pixels[:, 0] - luma)).std())
-        assert measure(bgr)["colorfulness"] == pytest.approx(whole, rel=0.15, abs=0.5)
+        assert measure_quality(bgr)["colorfulness"] == pytest.approx(whole, rel=0.15, abs=0.5)
 
 
 def test_quality_is_the_weighted_mean(photos):
@@ -112,7 +112,7 @@ def test_quality_is_the_weighted_mean(photos):
             + 0.10 * s["color"],
             rel=1e-12,
         )
-        assert all(0 <= s[name] <= 100 for name in (*METRICS, "quality"))
+        assert all(0 <= s[name] <= 100 for name in (*SCORE_METRICS, "quality"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -124,7 +124,7 @@ def test_any_array_is_scored_between_0_and_100(height, width, seed, kind):
     image = {"noise": noise, "black": noise * 0, "white": noise * 0 + 255, "flat": noise * 0 + noise[0, 0]}[kind]
     s = score_image(image)
     assert all(np.isfinite(value) for value in s.values()) and all(
-        0 <= s[name] <= 100 for name in (*METRICS, "quality")
+        0 <= s[name] <= 100 for name in (*SCORE_METRICS, "quality")
     )
     if kind in ("black", "white"):
         assert s["brightness"] == s["contrast"] == s["sharpness"] == s["color"] == 0
@@ -216,7 +216,11 @@ def test_copies_score_alike(photos, tmp_path):
             cv2.imwrite(str(tmp_path / name), bgr, options)
             copy = score_image(decode(tmp_path / name))
             tolerance = {"a.jpg": 4.0}.get(name, 0)
-            assert all(abs(copy[metric] - original[metric]) <= tolerance for metric in METRICS), (name, original, copy)
+            assert all(abs(copy[metric] - original[metric]) <= tolerance for metric in SCORE_METRICS), (
+                name,
+                original,
+                copy,
+            )
             assert abs(copy["quality"] - original["quality"]) <= tolerance / 3
 
 
@@ -274,7 +278,7 @@ def test_bad_arrays(array):
 
 def test_table(folder):
     table = score_folder(folder, progress=False)
-    assert tuple(table.columns) == COLUMNS and list(table.path) == find_images(folder)
+    assert tuple(table.columns) == SCORE_COLUMNS and list(table.path) == find_images(folder)
     bad = table[table.error != ""]
     assert dict(zip(bad.path, bad.error)) == {"03.jpg": "truncated", "04.jpg": "empty", "05.jpg": "unsupported"}
     assert bad.drop(columns=["path", "error"]).isna().all(axis=None) and table[table.error == ""].notna().all(axis=None)
@@ -292,8 +296,8 @@ def test_the_same_table_for_any_workers_and_backend(folder):
         workers=2,
         progress=False,
     )
-    by_process = pd.DataFrame(list(rows), columns=COLUMNS)
-    by_process[[*METRICS, "quality"]] = pd.DataFrame(scores(by_process))
+    by_process = pd.DataFrame(list(rows), columns=SCORE_COLUMNS)
+    by_process[[*SCORE_METRICS, "quality"]] = pd.DataFrame(scores(by_process))
     for other in (*tables[1:], by_process):
         pd.testing.assert_frame_equal(tables[0], other, check_exact=True)
 
@@ -405,7 +409,7 @@ def test_plot(folder):
     table = score_folder(folder, progress=False)
     figure, ax = plt.subplots()
     assert plot_scores(table, ax) is ax and ax.get_title() == "27 images"
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["quality", *METRICS]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["quality", *SCORE_METRICS]
     plt.close(figure)
 
 

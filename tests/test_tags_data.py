@@ -196,7 +196,7 @@ def test_a_real_detector_is_a_tagger(real_data):
 
 @pytest.mark.slow
 def test_a_real_detector_in_int8_goes_through_the_same_comparison(real_data, tmp_path):
-    from calib_nb.analysis.compare import compare
+    from calib_nb.analysis.compare import compare_models
     from calib_nb.quant.recipe import quantize_by
 
     model, val = (
@@ -208,7 +208,7 @@ def test_a_real_detector_in_int8_goes_through_the_same_comparison(real_data, tmp
     int8 = quantize_by(
         "minmax", model, calibration, tagger.preprocess, tmp_path / "int8.onnx", progress=False
     ).model.path
-    done = compare(
+    done = compare_models(
         model, {"int8": int8}, tagger.task(val.table, tagger.preprocess), bootstrap=200, latency_runs=2, progress=False
     )
     assert (

@@ -20,7 +20,7 @@ from calib_nb.tags.network import TaggerSpec, save_tagger
 pytest.importorskip("executorch", reason="the extra executorch is not installed: pip install 'calib-nb[executorch]'")
 
 from calib_nb.nets.convert import integer_program, output_steps, settled
-from calib_nb.nets.pte import BACKENDS, PteSession, check_pte, partitioner, write_pte
+from calib_nb.nets.pte import PTE_BACKENDS, PteSession, check_pte, partitioner, write_pte
 from calib_nb.tags.export import calibration_photos, export_checkpoint
 
 SPEC = TaggerSpec("resnet18", ("disc", "square", "triangle"), 8, 32, 0.8)
@@ -123,7 +123,7 @@ def test_a_backend_without_its_tools_says_what_to_install(backend, files, tmp_pa
 
 @pytest.mark.slow
 def test_portable_needs_no_backend(files, tmp_path):
-    assert partitioner("portable") == [] and set(BACKENDS) == {
+    assert partitioner("portable") == [] and set(PTE_BACKENDS) == {
         "xnnpack",
         "portable",
         "vulkan",

@@ -12,13 +12,13 @@ from torch import nn
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.graph.contract import open_session
 from calib_nb.nets.convert import convert_onnx, output_steps, plain_network, settled
-from calib_nb.nets.lsq import Quantizer, initial_step, levels, lsq, prepare_lsq, quantizers
+from calib_nb.nets.lsq import LsqQuantizer, initial_step, levels, lsq, prepare_lsq, quantizers
 from calib_nb.nets.resnet import fold_batchnorm, resnet
 from calib_nb.tags.config import load_train_config
 from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.network import load_tagger
 from calib_nb.tags.qat import QatConfig, train_qat
-from calib_nb.tags.train import Trainer, train
+from calib_nb.tags.train import Trainer, train_tagger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ def test_first_steps():
     assert torch.allclose(initial_step(w, 7, per_channel=True)[2, 0, 0, 0], 2 * w[2].abs().mean() / math.sqrt(7))
     assert initial_step(torch.zeros(4), 7) == 1
     with pytest.raises(InputError, match="1 bits"):
-        Quantizer(1, True)
+        LsqQuantizer(1, True)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -151,7 +151,7 @@ def floating(tmp_path_factory):
         f"{k}={v}"
         for k, v in dict(train=photos, width=8, size=32, batch=16, workers=0, tensorboard=False, val_share=0.3).items()
     ]
-    return recipe, train(
+    return recipe, train_tagger(
         load_train_config(None, [*recipe, f"output={folder / 'float'}", "epochs=1"]), progress=False
     ).best
 

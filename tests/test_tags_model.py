@@ -14,7 +14,7 @@ from calib_nb.nets.resnet import LAYOUTS, fold_batchnorm, resnet
 from calib_nb.tags.coco import COCO_CATEGORIES
 from calib_nb.tags.evaluate import export_tagger, open_tagger
 from calib_nb.tags.losses import asymmetric, cross_entropy, focal
-from calib_nb.tags.metrics import AVERAGES, best_threshold, deal_rows, tag_rates, threshold_curve
+from calib_nb.tags.metrics import TAG_AVERAGES, best_threshold, deal_rows, tag_rates, threshold_curve
 from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger, save_tagger
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -133,7 +133,7 @@ def test_the_losses_meet_in_their_limits(logits, targets, gamma):
 
 @given(hnp.arrays(np.bool_, (7, 4)), hnp.arrays(np.int8, (7, 4), elements=st.integers(0, 1)))
 def test_rates_are_scikit_learns(said, targets):
-    for average in AVERAGES:
+    for average in TAG_AVERAGES:
         shown = None if average == "micro" else np.flatnonzero(targets.any(0))
         if shown is not None and not len(shown):
             continue

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calib_nb.analysis.compare import Task, compare, run_model
+from calib_nb.analysis.compare import Task, compare_models, run_model
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.preprocess import preset
 from calib_nb.graph.contract import open_session, read_contract
 from calib_nb.graph.export import export_onnx
-from calib_nb.quant.quantize import quantize
+from calib_nb.quant.quantize import quantize_static
 from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.metrics import average_precision, tag_map
 from calib_nb.tags.task import TaggingTask, compact_tagger, demo_tagger, train_compact
@@ -106,8 +106,8 @@ def test_a_module_of_another_size_has_about_as_many_weights_as_said():
 def test_the_task_fits_compare(tmp_path, photos, trained):
     model = export_onnx(trained, tmp_path / "m.onnx", (32, 32), outputs=("logits",))
     task = TaggingTask(photos, CHAIN)
-    int8 = quantize(model, task.samples[:20], CHAIN, tmp_path / "q.onnx", progress=False)
-    comparison = compare(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
+    int8 = quantize_static(model, task.samples[:20], CHAIN, tmp_path / "q.onnx", progress=False)
+    comparison = compare_models(model, {"int8": int8.path}, task, bootstrap=50, latency_runs=2, progress=False)
     assert (
         isinstance(task, Task)
         and list(comparison.table.columns[:5]) == ["model", "map", "precision", "recall", "f1"]
@@ -140,7 +140,7 @@ def test_the_demo_tagger_is_far_above_chance_and_survives_int8(tmp_path):
     session = open_session(demo.model)
     outputs = run_model(session, task, progress=False)
     assert task.metrics(task.units(outputs, outputs))["map"] > 2.4 * task.targets.mean()
-    int8 = quantize(
+    int8 = quantize_static(
         demo.model,
         TaggingTask(demo.calibration, demo.preprocess).samples[:50],
         demo.preprocess,
@@ -149,9 +149,9 @@ def test_the_demo_tagger_is_far_above_chance_and_survives_int8(tmp_path):
     )
     assert (
         abs(
-            compare(demo.model, {"int8": int8.path}, task, bootstrap=100, latency_runs=2, progress=False).table["drop"][
-                1
-            ]
+            compare_models(demo.model, {"int8": int8.path}, task, bootstrap=100, latency_runs=2, progress=False).table[
+                "drop"
+            ][1]
         )
         < 0.03
     )

@@ -23,7 +23,7 @@ from calib_nb.tags.config import load_train_config
 from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.download import Archive, download_coco
 from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger
-from calib_nb.tags.train import checkpoint_config, train
+from calib_nb.tags.train import checkpoint_config, train_tagger
 
 SCRIPT = "import sys; from calib_nb.cli import main; sys.exit(main())"
 ENV = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
@@ -45,7 +45,7 @@ def settings(photos, output, **more):
 
 
 def run(photos, output, module=None, **more):
-    return train(load_train_config(None, settings(photos, output, **more)), module=module, progress=False)
+    return train_tagger(load_train_config(None, settings(photos, output, **more)), module=module, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def test_a_killed_training_ends_as_if_nothing_had_been(photos, whole, tmp_path):
     assert np.array_equal(
         losses(pd.read_csv(tmp_path / "run/history.csv")), losses(pd.read_csv(whole.folder / "history.csv"))
     )
-    elsewhere = train(
+    elsewhere = train_tagger(
         load_train_config(None, settings(photos, tmp_path / "elsewhere")),
         resume=tmp_path / "moved/last.pth",
         progress=False,
     )
-    on = train(
+    on = train_tagger(
         checkpoint_config(tmp_path / "moved/last.pth"), progress=False
     )  # in its own folder, wherever that is now
     one, *others = (

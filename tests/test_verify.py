@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from calib_nb.core.errors import ConfigError, InputError, ModelError
 from calib_nb.data.preprocess import preset
 from calib_nb.graph.contract import fix_batch
-from calib_nb.npu.config import CompilerConfig, generate, save_config
+from calib_nb.npu.config import CompilerConfig, generate_config, save_config
 from calib_nb.npu.verify import verify
 
 
@@ -34,7 +34,7 @@ def one_node(path, operator, size=112):
 
 
 def test_numbers_are_those_of_numpy(photos):
-    result = verify(generate("resnet-tags", photos, calibration_num=8), num_samples=8, progress=False)
+    result = verify(generate_config("resnet-tags", photos, calibration_num=8), num_samples=8, progress=False)
     assert result.passed and len(result.table) == 8 and result.pictures == [] and result.samples == []
     for _, row in result.table.iterrows():
         image = cv2.resize(cv2.imread(str(photos / row["image"])), (224, 224))[..., ::-1] / 255
@@ -49,14 +49,14 @@ def test_numbers_are_those_of_numpy(photos):
 
 
 def test_the_seed_chooses(photos):
-    config = generate("yunet", photos, calibration_num=8)
+    config = generate_config("yunet", photos, calibration_num=8)
     chosen = [verify(config, num_samples=3, seed=seed, progress=False).table["image"].tolist() for seed in (1, 1, 2, 3)]
     assert chosen[0] == chosen[1] and len({tuple(c) for c in chosen}) > 1
     assert len(verify(config, num_samples=100, progress=False).table) == 8
 
 
 def test_pictures_and_tables_are_written(photos, tmp_path):
-    path = save_config(generate("edgeface", photos, calibration_num=8), tmp_path / "c.json")
+    path = save_config(generate_config("edgeface", photos, calibration_num=8), tmp_path / "c.json")
     result = verify(
         path,
         num_samples=2,
@@ -75,14 +75,14 @@ def test_pictures_and_tables_are_written(photos, tmp_path):
 
 
 def test_another_folder_can_stand_in(photos, tmp_path):
-    config = generate("edgeface", "on/the/other/machine", calibration_num=500)
+    config = generate_config("edgeface", "on/the/other/machine", calibration_num=500)
     with pytest.raises(ConfigError, match="no such folder"):
         verify(config, progress=False)
     assert verify(config, dataset_path=photos, progress=False).passed
 
 
 def test_failures_are_named(photos, tmp_path):
-    config = generate("edgeface", photos, calibration_num=8)
+    config = generate_config("edgeface", photos, calibration_num=8)
     raw = config.to_dict()
     steps = raw["default_loader"]["preprocessings"]
 
@@ -117,7 +117,7 @@ def test_an_unreadable_image_is_a_row(photos):
     for path in photos.iterdir():
         path.write_bytes(path.read_bytes()[:300])
     (photos / "ok.png").write_bytes(cv2.imencode(".png", np.full((40, 40, 3), 9, np.uint8))[1].tobytes())
-    result = verify(generate("yunet", photos, calibration_num=9), num_samples=9, progress=False, visualize=True)
+    result = verify(generate_config("yunet", photos, calibration_num=9), num_samples=9, progress=False, visualize=True)
     assert (
         not result.passed
         and (result.table["problem"] != "").sum() == 8
@@ -127,7 +127,7 @@ def test_an_unreadable_image_is_a_row(photos):
 
 
 def test_bad_options(photos, tmp_path):
-    config = generate("yunet", photos, calibration_num=8)
+    config = generate_config("yunet", photos, calibration_num=8)
     for wrong in (
         {"num_samples": 0},
         {"model_type": "yolo"},
@@ -143,7 +143,7 @@ def test_real_models_and_faces(real_data, tmp_path):
     models, faces = real_data / "models", real_data / "lfw" / "images"
     edgeface = fix_batch(models / "edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface_b1.onnx")
     for kind, model in (("yunet", models / "face_detection_yunet_2023mar.onnx"), ("edgeface", edgeface)):
-        config = generate(kind, faces, model=model)
+        config = generate_config(kind, faces, model=model)
         result = verify(config, model=model, visualize=True, num_samples=3, progress=False)
         assert result.passed and result.findings == [] and result.checks["passed"].tolist() == [True] * 5
     forgot = config.to_dict()

@@ -14,7 +14,7 @@ from calib_nb.graph.model import Graph, load_graph, open_graph, run
 from calib_nb.graph.simplify import activations, macs, simplify
 from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, codes, kernel_rows, weight_grid
 from calib_nb.quant.target import PROFILES, Profile
-from calib_nb.quant.write import computing, coverage, int8_nodes, int8_operators, write_qdq
+from calib_nb.quant.write import computing, int8_macs_share, int8_nodes, int8_operators, write_qdq
 
 SYMMETRIC = Profile(
     "symmetric", weight_per_channel=True, weight_symmetric=True, activation_signed=True, activation_symmetric=True
@@ -383,8 +383,8 @@ def test_floats_only_and_what_is_wrong_with_them():
     names = computing(graph, table)
     assert names == ["Conv_c", "Add_a", "Conv_d", "Add_y"]
     assert (
-        coverage(graph, write_qdq(graph, table, CPU)) == 1
-        and coverage(graph, write_qdq(graph, table, CPU, floats=["Conv_c"])) == 0.5
+        int8_macs_share(graph, write_qdq(graph, table, CPU)) == 1
+        and int8_macs_share(graph, write_qdq(graph, table, CPU, floats=["Conv_c"])) == 0.5
     )
     assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, floats=names).nodes)
     assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, only=[]).nodes)
@@ -578,7 +578,7 @@ def test_real_networks(name, real_data, tmp_path):
     for target in PROFILES.values():
         int8 = write_qdq(graph, table, target)
         path = int8.save(tmp_path / "int8.onnx")
-        assert coverage(graph, int8) == 1 and path.stat().st_size < 0.65 * graph.model.ByteSize()
+        assert int8_macs_share(graph, int8) == 1 and path.stat().st_size < 0.65 * graph.model.ByteSize()
         likeness, kernels = [], []
         for x in xs:
             wanted, told, got = run(graph, x), simulated(int8, x), run(int8, x)

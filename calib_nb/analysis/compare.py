@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'similarity', 'AgreementTask', 'unseen', 'run_model', 'Drop', 'paired_bootstrap', 'mcnemar', 'latency',
-           'verdict', 'int8_share', 'slices_table', 'worst_slice', 'Comparison', 'compare', 'plot_comparison']
+           'verdict', 'int8_share', 'slices_table', 'worst_slice', 'Comparison', 'compare_models', 'plot_comparison']
 
 # %% ../../nbs/analysis/01_compare.ipynb #cell-2
 import time
@@ -23,7 +23,7 @@ from ..data.images import decode
 from ..graph.contract import open_session
 from ..graph.model import Graph
 from ..quant.observe import network_input
-from ..quant.write import coverage
+from ..quant.write import int8_macs_share
 
 _SQNR_CAP_DB = 120.0  # about what float32 itself can hold
 
@@ -243,7 +243,7 @@ def int8_share(path: str | Path) -> float:
     import onnx
 
     graph = Graph(onnx.load(str(path))).infer()
-    return coverage(graph, graph)
+    return int8_macs_share(graph, graph)
 
 
 def slices_table(
@@ -289,7 +289,7 @@ class Comparison:
     budget: float | None
 
 
-def compare(
+def compare_models(
     float_model: str | Path,
     int8_models: Mapping[str, str | Path],
     task: Task,

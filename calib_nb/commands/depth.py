@@ -123,7 +123,7 @@ def split(
     """Choose frames by their mean depth and write them as a split file, with a figure of the chosen against the pool."""
     from calib_nb.depth.metadata import load_metadata
     from calib_nb.depth.split import plot_split, save_figure, write_split
-    from calib_nb.depth.split import split as run
+    from calib_nb.depth.split import split_pool as run
     from calib_nb.report import text_table
 
     pool = load_metadata(metadata)

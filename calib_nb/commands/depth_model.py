@@ -103,13 +103,13 @@ def train(
     from calib_nb.core.run import atomic_file
     from calib_nb.depth.frames import read_frames
     from calib_nb.depth.network import DepthNet
-    from calib_nb.depth.train import Training, load_network
-    from calib_nb.depth.train import train as run
+    from calib_nb.depth.train import DepthTraining, load_network
+    from calib_nb.depth.train import train_depth as run
     from calib_nb.graph.export import export_onnx
     from calib_nb.nets.checkpoint import load_imagenet
     from calib_nb.report import text_table
 
-    settings = Training(
+    settings = DepthTraining(
         epochs=epochs,
         batch=batch,
         learning_rate=learning_rate,
@@ -252,7 +252,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ):
     """One table for float and INT8 on a split: abs_rel, drop with its 95 % interval, worst slice, verdict."""
-    from calib_nb.analysis.compare import compare as run
+    from calib_nb.analysis.compare import compare_models as run
     from calib_nb.core.errors import CheckFailed, InputError
     from calib_nb.core.run import atomic_file
     from calib_nb.depth.copy import usable_images

@@ -37,7 +37,7 @@ def export(
 ):
     """Write an EdgeFace checkpoint as a float ONNX file that computes the same."""
     from calib_nb.core.errors import InputError
-    from calib_nb.faces.edgeface import export_onnx, load_checkpoint
+    from calib_nb.faces.edgeface import export_edgeface, load_edgeface
     from calib_nb.graph.contract import read_contract
 
     if output.resolve() == checkpoint.resolve():
@@ -46,8 +46,8 @@ def export(
             expected="another name for the ONNX file",
             fix=f"--output {output.with_suffix('.onnx')}",
         )
-    module = load_checkpoint(checkpoint, variant)
-    contract = read_contract(export_onnx(module, output, dynamic_batch=dynamic_batch))
+    module = load_edgeface(checkpoint, variant)
+    contract = read_contract(export_edgeface(module, output, dynamic_batch=dynamic_batch))
     typer.echo(
         f"{sum(p.numel() for p in module.parameters()):,} parameters; {contract.inputs[0]} (RGB, -1 to 1) to {contract.outputs[0]}; within 1e-4 of torch\nmodel: {output}"
     )

@@ -138,10 +138,10 @@ def config(
     target: Annotated[Target, typer.Option(help="Compiler.")] = Target.npu,
 ):
     """Write the compiler's config from a preset and, if given, the ONNX file, and check it."""
-    from calib_nb.npu.config import generate, save_config
+    from calib_nb.npu.config import generate_config, save_config
     from calib_nb.npu.validate import validate
 
-    made = generate(
+    made = generate_config(
         model_type.value,
         dataset_path,
         model=model,

@@ -102,7 +102,7 @@ def compare(
     import numpy as np
 
     from calib_nb.analysis.compare import AgreementTask, unseen
-    from calib_nb.analysis.compare import compare as run
+    from calib_nb.analysis.compare import compare_models as run
     from calib_nb.core.errors import CheckFailed, InputError
     from calib_nb.core.run import atomic_file
     from calib_nb.npu.config import config_images, config_preprocess, load_config
@@ -178,7 +178,7 @@ def diagnose(
     """
     import numpy as np
 
-    from calib_nb.analysis.diagnose import diagnose as run
+    from calib_nb.analysis.diagnose import diagnose_model as run
     from calib_nb.analysis.diagnose import diagnosis_page, plot_diagnosis
     from calib_nb.core.run import atomic_file, output_root
     from calib_nb.npu.config import config_preprocess, load_config

@@ -52,7 +52,7 @@ def train(
     from calib_nb.tags.config import TrainConfig, load_train_config
     from calib_nb.tags.qat import QatConfig, train_qat
     from calib_nb.tags.train import checkpoint_config
-    from calib_nb.tags.train import train as run
+    from calib_nb.tags.train import train_tagger as run
 
     if checkpoint and not qat:
         raise InputError(

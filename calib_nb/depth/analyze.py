@@ -24,13 +24,13 @@ from .split import plot_counts, range_of, save_figure
 # %% ../../nbs/depth/06_analyze.ipynb #cell-7
 def match(table: pd.DataFrame, split_file: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of a metadata table that a split file names by dataset_root and filename, in its order, and the entries (dataset_root, filename, reason) that match none. InputError when none matches. Source: ours."""
-    split = read_split(split_file)
-    joined = split.entries.merge(table, on=["dataset_root", "filename"], how="left", indicator=True)
+    split_pool = read_split(split_file)
+    joined = split_pool.entries.merge(table, on=["dataset_root", "filename"], how="left", indicator=True)
     found = joined["_merge"] == "both"
     missing = pd.concat(
         [
             joined.loc[~found, ["dataset_root", "filename"]].assign(reason="not in the table"),
-            split.rejected[["dataset_root", "filename", "reason"]],
+            split_pool.rejected[["dataset_root", "filename", "reason"]],
         ],
         ignore_index=True,
     )

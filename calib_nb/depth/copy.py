@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.errors import ImageError, InputError, require_known
 from ..core.run import versions, write_json
-from ..data.dataset import FORMAT, LINKS, PreparedSet, building, check_output, place, set_names, write_lists
+from ..data.dataset import LINKS, SET_FORMAT, PreparedSet, building, check_output, place, set_names, write_lists
 from ..data.images import read_image_bytes
 from .ncdb import IMAGES, check_png, locate_file, read_split
 
@@ -90,7 +90,7 @@ def copy_set(
         write_json(
             partial / "calibration_analysis.json",
             {
-                "format": FORMAT,
+                "format": SET_FORMAT,
                 "parameters": parameters,
                 "versions": versions(),
                 "counts": {"chosen": len(images)},

@@ -43,7 +43,7 @@ def _make(folder: Path, settings: DemoTraining) -> None:
     from calib_nb.depth.demo_drawings import demo_ncdb
     from calib_nb.depth.frames import read_frames
     from calib_nb.depth.network import DepthNet
-    from calib_nb.depth.train import Training, train
+    from calib_nb.depth.train import DepthTraining, train_depth
     from calib_nb.depth.unequal import unequalize
     from calib_nb.graph.export import export_onnx
 
@@ -51,10 +51,10 @@ def _make(folder: Path, settings: DemoTraining) -> None:
     network, before = DepthNet(settings.width, min_m=0.3, seed=settings.seed), torch.get_num_threads()
     torch.set_num_threads(1)  # sums then do not depend on how many cores there are
     try:
-        train(
+        train_depth(
             network,
             read_frames(folder / "ncdb"),
-            Training(epochs=settings.epochs, learning_rate=settings.learning_rate, seed=settings.seed),
+            DepthTraining(epochs=settings.epochs, learning_rate=settings.learning_rate, seed=settings.seed),
             device="cpu",
             progress=False,
         )

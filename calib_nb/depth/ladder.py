@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..analysis.compare import Comparison, compare, unseen
+from ..analysis.compare import Comparison, compare_models, unseen
 from ..core.errors import InputError
 from ..core.run import sha256_file
 from ..data.preprocess import Preprocess
 from .frames import Frames
 from .metrics import DepthTask
-from .split import split
-from ..quant.quantize import quantize
+from .split import split_pool
+from ..quant.quantize import quantize_static
 from ..quant.recipe import RECIPES, auto
-from ..quant.sensitivity import Noise, noise_shares
+from ..quant.sensitivity import NoiseMeasure, noise_shares
 from ..quant.target import Profile
 
 # %% ../../nbs/depth/14_ladder.ipynb #cell-7
@@ -45,7 +45,7 @@ def calibration_rungs(
     found = []
     for count in counts:
         strategy = "stratified" if found else "random"
-        chosen = split(pool.table, strategy, min(count, len(pool)), seed=seed).rows
+        chosen = split_pool(pool.table, strategy, min(count, len(pool)), seed=seed).rows
         name = f"{len(chosen)} {strategy}"
         found.append(
             Rung(
@@ -81,13 +81,13 @@ def fine_tuned(
     progress: bool = True,
 ):
     """A copy of a `DepthNet`, trained on `pairs` with a `penalty` ("" or one of PENALTIES) on its weights; arguments as for `Training`. Source: weight normalization for quantization, as the NCDB guide has it."""
-    from calib_nb.depth.train import Training, train
+    from calib_nb.depth.train import DepthTraining, train_depth
 
     new = copy.deepcopy(network)
-    train(
+    train_depth(
         new,
         pairs,
-        Training(
+        DepthTraining(
             epochs=epochs,
             batch=batch,
             learning_rate=learning_rate,
@@ -135,7 +135,7 @@ def climb(
     folder: str | Path,
     *,
     profile: str | Profile = "per-tensor-npu",
-    noise: Noise = noise_shares,
+    noise: NoiseMeasure = noise_shares,
     budget: float | None = None,
     threads: int = 2,
     seed: int = 42,
@@ -163,11 +163,11 @@ def climb(
             )
             models[rung.name], trails[rung.name] = made.model.path, made.trail
         else:
-            models[rung.name] = quantize(
+            models[rung.name] = quantize_static(
                 rung.model, rung.images, preprocess, output, profile=profile, progress=progress
             ).path
     return Climb(
-        compare(
+        compare_models(
             float_model,
             models,
             task,

@@ -26,7 +26,7 @@ from ..core.run import RunFolder, atomic_file, sha256_file, versions
 from ..data.images import contact_sheet, decode
 from .align import align
 from .charts import save_charts
-from .detectors import METHODS, FaceDetector, available
+from .detectors import DETECTORS, FaceDetector, available
 from .embed import Embedded, Embedder, centre_crop, embed_photos, onnx_file
 from calib_nb.faces.verification import (
     Pairs,
@@ -115,14 +115,14 @@ def read_methods(
         methods = dict(zip(labels, entries))
     states = available(models_dir).set_index("method")
     for name, file in methods.values():
-        state = states.loc[require_known(name, METHODS, "face detector")]
+        state = states.loc[require_known(name, DETECTORS, "face detector")]
         if state.missing.startswith("package"):
             raise ModelError(
                 f"{name}: {state.missing.split(';')[0]} is not installed", fix=state.get("get").split(";")[0]
             )
         if file is not None and not Path(file).exists():
             raise ModelError(f"no such model: {file}", fix="check the path")
-        for model in find_models(METHODS[name].models) if file is None and METHODS[name].models else ():
+        for model in find_models(DETECTORS[name].models) if file is None and DETECTORS[name].models else ():
             fetch_model(model, models_dir)
     return {label: (name, None if file is None else Path(file)) for label, (name, file) in methods.items()}
 
@@ -245,7 +245,7 @@ def _photos_hash(pairs: Pairs) -> str:
 def _weights(name: str, file: Path | None) -> list[str]:
     """SHA-256 of each file of a detector: its published ones, or `file` (a folder: its .npy files)."""
     return (
-        [m.sha256 for m in find_models(METHODS[name].models)]
+        [m.sha256 for m in find_models(DETECTORS[name].models)]
         if file is None
         else [sha256_file(f) for f in (sorted(file.glob("*.npy")) if file.is_dir() else [file])]
     )
@@ -253,7 +253,7 @@ def _weights(name: str, file: Path | None) -> list[str]:
 
 def _signature(photos: str, name: str, file: Path | None, models: Mapping[str, Path], flip: bool, device: str) -> str:
     """What decides about the embeddings, as text: the hash of the photos, the detector with its files and thresholds, networks, and the libraries; files by their content."""
-    method, libraries = METHODS[name], versions() | versions("mediapipe", "opencv-contrib-python")
+    method, libraries = DETECTORS[name], versions() | versions("mediapipe", "opencv-contrib-python")
     return json.dumps(
         [
             2,

@@ -35,9 +35,9 @@ def onnx_file(model: str | Path, folder: str | Path) -> Path:
     """`model` itself, or, when it is an EdgeFace checkpoint (.pt, .pth), the ONNX file of open batch that is written for it to `folder`. Source: ours."""
     if Path(model).suffix.lower() not in (".pt", ".pth"):
         return Path(model)
-    from calib_nb.faces.edgeface import export_onnx, load_checkpoint
+    from calib_nb.faces.edgeface import export_edgeface, load_edgeface
 
-    return export_onnx(load_checkpoint(model), Path(folder) / f"{Path(model).stem}.onnx", dynamic_batch=True)
+    return export_edgeface(load_edgeface(model), Path(folder) / f"{Path(model).stem}.onnx", dynamic_batch=True)
 
 
 class Embedder:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .detect import STRIDES, YUNET_OUTPUTS
 from ..graph.contract import read_contract
-from ..quant.sensitivity import Noise, Outputs, noise_shares
+from ..quant.sensitivity import NoiseMeasure, Outputs, noise_shares
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-7
 def _sure(outputs: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -29,7 +29,7 @@ def _sure(outputs: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[np.
     ]
 
 
-def face_noise(names: Sequence[str], threshold: float = 0.5) -> Noise:
+def face_noise(names: Sequence[str], threshold: float = 0.5) -> NoiseMeasure:
     """A `Noise` for a YuNet whose outputs are `names` in their order: float64, squared pixels of the points, of the box, and squared score, for every stride that sees a face with a float score of `threshold` or above.
 
     Each is the geometric mean over cells, of at least 1e-12. Source: ours.
@@ -50,7 +50,7 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> Noise:
     return noise
 
 
-def noise_for(model: str | Path) -> Noise:
+def noise_for(model: str | Path) -> NoiseMeasure:
     """The `Noise` that suits an ONNX file: `face_noise` when it has the twelve outputs of a YuNet, else `noise_shares`. Source: ours."""
     names = [o.name for o in read_contract(model).outputs]
     return face_noise(names) if set(YUNET_OUTPUTS) <= set(names) else noise_shares

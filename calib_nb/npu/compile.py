@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core.errors import ConfigError, InputError, suggest
 from ..core.run import RunFolder, atomic_file, atomic_folder, read_json, write_json
 from ..data.operations import explain
-from .config import METHODS, CompilerConfig, config_images, dataset_folder, load_config
+from .config import CALIBRATION_METHODS, CompilerConfig, config_images, dataset_folder, load_config
 from .validate import refuse_errors, validate
 
 # %% ../../nbs/npu/04_compile.ipynb #cell-7
@@ -62,7 +62,7 @@ class Toolchain(BaseModel):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     programs: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     command: Annotated[list[str], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)] = list(METHODS)
+    methods: Annotated[list[str], Field(min_length=1)] = list(CALIBRATION_METHODS)
     about: str = ""
 
     @field_validator("command")

@@ -14,10 +14,8 @@ import pandas as pd
 from ..core.errors import InputError
 from ..graph.model import Graph
 from ..graph.simplify import get_bias, layers, set_bias
-from .adaround import adaround
-from .equalize import equalize
 from .stats import ActivationStats
-from .weights import channel_statistics, quantize_weights, walk
+from .weights import channel_statistics, walk
 
 # %% ../../nbs/quant/10_bias_clip.ipynb #cell-9
 def correct_bias(graph: Graph, quantized: Graph, images: Sequence[np.ndarray], *, threads: int = 2) -> Graph:

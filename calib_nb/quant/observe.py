@@ -96,7 +96,7 @@ class Lane:
 
     def run(self, x: np.ndarray) -> int:
         """Run the network on input `x` and measure; -1, or the number of the first tensor that is not finite. What was found is in `found` and `found_channels`."""
-        from calib_nb.quant.kernels import measure
+        from calib_nb.quant.kernels import tensor_statistics
 
         self.views[self.input][...] = x
         try:
@@ -108,7 +108,7 @@ class Lane:
                 expected="tensors of fixed shapes",
                 fix="observe the part before shapes depend on values",
             ) from e
-        bad = measure(self.flat, self.offsets, self.sizes, np.array(QUANTILES), *self.found)
+        bad = tensor_statistics(self.flat, self.offsets, self.sizes, np.array(QUANTILES), *self.found)
         self.found_channels = (
             {name: channel_values(self.views[name], axis) for name, axis in self.channels.items()} if bad < 0 else {}
         )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QuantizedModel', 'read_history', 'images_digest', 'plain_graph', 'device_graph', 'save_quantized', 'start', 'finish',
-           'quantize']
+           'quantize_static']
 
 # %% ../../nbs/quant/12_quantize.ipynb #cell-2
 import hashlib
@@ -23,10 +23,10 @@ from ..graph.model import Graph, load_graph, open_graph
 from ..graph.simplify import simplify
 from .bias_clip import bound_ranges
 from .observe import array_digest, observe
-from .ranges import METHODS, ranges
+from .ranges import RANGE_METHODS, ranges
 from .target import Profile
 from .target import profile as find_profile
-from .write import coverage, write_qdq
+from .write import int8_macs_share, write_qdq
 
 # %% ../../nbs/quant/12_quantize.ipynb #cell-9
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ _HISTORY = "calib_nb."
 
 
 def read_history(path: str | Path) -> dict[str, str]:
-    """What `quantize` wrote into a model's metadata: method, profile, images, images_sha256, model_sha256, versions; {} for another model. Source: ours."""
+    """What `quantize_static` wrote into a model's metadata: method, profile, images, images_sha256, model_sha256, versions; {} for another model. Source: ours."""
     import onnx
 
     try:
@@ -144,7 +144,7 @@ def finish(
 ) -> QuantizedModel:
     """Write the INT8 form of the float `graph` with the ranges `found`, and describe it; `ModelError` when nothing of it can be INT8. Source: ours."""
     int8 = write_qdq(graph, found, target, floats=floats)
-    share = coverage(graph, int8)
+    share = int8_macs_share(graph, int8)
     if share == 0:
         raise ModelError(
             f"no operator of {Path(model).name} can be quantized",
@@ -166,7 +166,7 @@ def finish(
     )
 
 
-def quantize(
+def quantize_static(
     model: str | Path,
     images: Sequence[str | Path | np.ndarray],
     preprocess: Callable[[np.ndarray], np.ndarray],
@@ -183,7 +183,7 @@ def quantize(
     `stats` names a file (.npz) that keeps what was seen: photos that stand in it already are not run again, whatever the method. It belongs to one model, preprocessing and kind of weights.
     Raises `ModelError` for a model that cannot be quantized, `InputError` or `ImageError` for what else is wrong; then nothing is written. Source: Jacob et al. 2018.
     """
-    method, images = require_known(method, METHODS, "calibration method"), list(images)
+    method, images = require_known(method, RANGE_METHODS, "calibration method"), list(images)
     target, history = start(model, images, output, profile)
     graph = device_graph(model, target)
     seen = observe(graph, images, preprocess, journal=stats, progress=progress)

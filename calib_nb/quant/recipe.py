@@ -22,10 +22,10 @@ from ..graph.simplify import get_weight, layers, set_weight
 from .bias_clip import bound_ranges, clip_ranges, correct_bias
 from .equalize import equalize
 from .observe import network_input, observe
-from .quantize import QuantizedModel, finish, plain_graph, quantize, start
-from .ranges import METHODS, ranges
+from .quantize import QuantizedModel, finish, plain_graph, quantize_static, start
+from .ranges import RANGE_METHODS, ranges
 from calib_nb.quant.sensitivity import (
-    Noise,
+    NoiseMeasure,
     choose_floats,
     noise_ratio,
     noise_shares,
@@ -90,7 +90,7 @@ class _Kitchen:
     """What the steps share: photos, target, and the float answer that they are measured against."""
 
     def __init__(
-        self, model, calibration, tuning, preprocess, target: Profile, noise: Noise, threads: int, progress: bool
+        self, model, calibration, tuning, preprocess, target: Profile, noise: NoiseMeasure, threads: int, progress: bool
     ):
         self.calibration, self.preprocess, self.target, self.measure, self.threads, self.progress = (
             calibration,
@@ -207,7 +207,7 @@ def _with_floats(kitchen: _Kitchen, plan: Plan) -> Plan:
 
 def _best_method(kitchen: _Kitchen, plan: Plan) -> Plan:
     best = plan
-    for method in METHODS:
+    for method in RANGE_METHODS:
         if method != plan.method:
             best = kitchen.better(best, replace(best, method=method), "methods", method)
     return best
@@ -228,7 +228,7 @@ def auto(
     *,
     profile: str | Profile = "ort-cpu",
     steps: Sequence[str] = RECIPES["auto"],
-    noise: Noise = noise_shares,
+    noise: NoiseMeasure = noise_shares,
     seed: int = 0,
     threads: int = 2,
     progress: bool = True,
@@ -259,23 +259,25 @@ def quantize_by(
     output: str | Path,
     *,
     profile: str | Profile = "ort-cpu",
-    noise: Noise = noise_shares,
+    noise: NoiseMeasure = noise_shares,
     stats: str | Path | None = None,
     progress: bool = True,
 ) -> Recipe:
     """`auto` for the methods "auto" (every step but rounding), "thorough" (every step) and "all" (the best of METHODS), else `quantize` with that one and an empty trail; the other arguments as there. A recipe changes the graph as it goes, so it takes no `stats`. Source: ours."""
-    require_known(method, [*METHODS, *RECIPES], "calibration method")
+    require_known(method, [*RANGE_METHODS, *RECIPES], "calibration method")
     if method in RECIPES:
         if stats is not None:
             raise InputError(
                 f"a file of statistics, and the method {method}",
                 expected="a single method",
-                fix=f"name one of {', '.join(METHODS)}",
+                fix=f"name one of {', '.join(RANGE_METHODS)}",
             )
         return auto(
             model, images, preprocess, output, profile=profile, steps=RECIPES[method], noise=noise, progress=progress
         )
     return Recipe(
-        quantize(model, images, preprocess, output, profile=profile, method=method, stats=stats, progress=progress),
+        quantize_static(
+            model, images, preprocess, output, profile=profile, method=method, stats=stats, progress=progress
+        ),
         pd.DataFrame(columns=["step", "detail", "noise", "gain_db", "kept"]),
     )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..core.errors import ConfigError, InputError, require_known
 from ..core.run import atomic_file
 from ..data.operations import explain
-from .losses import LOSSES
+from .losses import TAG_LOSSES
 
 # %% ../../nbs/tags/07_config.ipynb #cell-7
 _Positive = Annotated[int, Field(ge=1)]
@@ -53,7 +53,7 @@ class TrainConfig(BaseModel):
     jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.4, description="strength of brightness, contrast and saturation changes"
     )
-    loss: Literal[tuple(LOSSES)] = Field("bce", description="loss")
+    loss: Literal[tuple(TAG_LOSSES)] = Field("bce", description="loss")
     gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="of focal")
     alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="of focal: weight of the positives")
     gamma_positive: Annotated[float, Field(ge=0)] = Field(0.0, description="of asymmetric")

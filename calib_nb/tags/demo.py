@@ -15,7 +15,7 @@ from ..core.run import cache_root, made_once
 from .config import load_train_config
 from .demo_drawings import tagged_photos
 from .qat import QatConfig, train_qat
-from .train import train
+from .train import train_tagger
 
 _FORMAT = 1  # raise it whenever what is drawn or trained changes
 
@@ -24,7 +24,7 @@ _FORMAT = 1  # raise it whenever what is drawn or trained changes
 class DemoTagging:
     """How the demo is made: photos to `train`, for `calibration` and to be `scored`, of `classes` drawn categories; `width` of the ResNet-18, input `size` px; `epochs` at `learning_rate`, then `qat_epochs`; `seed`. Source: ours."""
 
-    train: int = 640
+    train_tagger: int = 640
     calibration: int = 160
     scored: int = 300
     classes: int = 4
@@ -68,7 +68,7 @@ def _train(folder: Path, settings: DemoTagging) -> None:
         "epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
     }
-    trained = train(load_train_config(None, [f"{k}={v}" for k, v in {**both, **first}.items()]), progress=False)
+    trained = train_tagger(load_train_config(None, [f"{k}={v}" for k, v in {**both, **first}.items()]), progress=False)
     then = {"output": folder / "qat", "checkpoint": trained.best, "epochs": settings.qat_epochs}
     train_qat(
         load_train_config(None, [f"{k}={v}" for k, v in {**both, **then}.items()], model=QatConfig), progress=False

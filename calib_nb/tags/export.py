@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError, ModelError, require_known
-from ..data.sample import select
+from ..data.sample import select_images
 from ..data.score import score_folder
 from ..graph.contract import open_session
 from ..nets.convert import convert_onnx, integer_program, settled
-from ..nets.pte import BACKENDS, check_pte, partitioner, write_pte
+from ..nets.pte import PTE_BACKENDS, check_pte, partitioner, write_pte
 from ..quant.observe import network_input
-from ..quant.quantize import quantize
+from ..quant.quantize import quantize_static
 from .evaluate import export_tagger, spec_notes
 from .network import load_tagger
 
@@ -29,12 +29,14 @@ MODES = ("fp32", "qat", "int8")
 
 def pte_name(model: str, mode: str, backend: str) -> str:
     """{model}_multilabel_{mode}_{backend}.pte. Source: ours."""
-    return f"{model}_multilabel_{require_known(mode, MODES, 'mode')}_{require_known(backend, BACKENDS, 'backend')}.pte"
+    return (
+        f"{model}_multilabel_{require_known(mode, MODES, 'mode')}_{require_known(backend, PTE_BACKENDS, 'backend')}.pte"
+    )
 
 
 def calibration_photos(folder: str | Path, samples: int = 100, *, progress: bool = True) -> list[Path]:
     """`samples` photos below a folder to calibrate with, chosen by quality_mix from their scores. Source: ours."""
-    chosen = select(score_folder(folder, progress=progress), num_samples=samples)
+    chosen = select_images(score_folder(folder, progress=progress), num_samples=samples)
     return [Path(folder) / path for path in chosen.rows.path]
 
 # %% ../../nbs/tags/12_export.ipynb #cell-10
@@ -146,6 +148,6 @@ def export_checkpoint(
         export_tagger(checkpoint, onnx)
     else:
         plain = export_tagger(checkpoint, onnx.with_name(f"{onnx.stem}_float.onnx"))
-        quantize(plain, paths, spec.preprocess(), onnx, progress=progress)
+        quantize_static(plain, paths, spec.preprocess(), onnx, progress=progress)
     open_session(onnx)
     return Exported(pte, onnx, difference)

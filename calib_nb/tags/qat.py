@@ -15,7 +15,7 @@ from ..core.errors import InputError, ModelError
 from .coco import TagDataset, TagSet
 from .config import TrainConfig
 from .network import load_tagger
-from .train import Training, train, training_sets
+from .train import TagTraining, train_tagger, training_sets
 
 # %% ../../nbs/tags/09_qat.ipynb #cell-7
 _Bits = Annotated[int, Field(ge=2, le=8)]
@@ -61,7 +61,7 @@ def first_photos(tags: TagSet, config: TrainConfig):
     return torch.stack([torch.from_numpy(photos[0, k][0]) for k in range(min(config.batch, len(photos)))])
 
 
-def train_qat(config: QatConfig, *, resume: str | Path | None = None, progress: bool = True) -> Training:
+def train_qat(config: QatConfig, *, resume: str | Path | None = None, progress: bool = True) -> TagTraining:
     """Train with learned steps as `config` says, from its checkpoint, or on from `resume`; the checkpoints hold the settings of the steps. Source: Esser et al. 2020."""
     from calib_nb.nets.lsq import prepare_lsq
 
@@ -75,6 +75,6 @@ def train_qat(config: QatConfig, *, resume: str | Path | None = None, progress: 
             fix="train on the photos of the float training",
         )
     steps = {key: getattr(config, key) for key in ("weight_bits", "activation_bits", "per_channel", "ends")}
-    return train(
+    return train_tagger(
         config, module=prepare_lsq(module, first_photos(tags, config), **steps), resume=resume, progress=progress
     )
