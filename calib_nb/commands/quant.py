@@ -101,10 +101,11 @@ def compare(
     """One table for float and INT8: metrics, drop with its 95 % interval, size, latency, verdict."""
     import numpy as np
 
-    from calib_nb.analysis.compare import AgreementTask, unseen
+    from calib_nb.analysis.compare import AgreementTask
     from calib_nb.analysis.compare import compare_models as run
     from calib_nb.core.errors import CheckFailed, InputError
     from calib_nb.core.run import atomic_file
+    from calib_nb.data.duplicates import held_out
     from calib_nb.npu.config import config_images, config_preprocess, load_config
     from calib_nb.report import text_table
     from calib_nb.tags.task import TaggingTask
@@ -123,12 +124,12 @@ def compare(
     chain, calibrated = config_preprocess(settings), config_images(settings)
     if coco:
         task = TaggingTask(coco, chain)
-        if len(unseen(task.samples, calibrated)) < len(task.samples):
+        if len(held_out(task.samples, calibrated)) < len(task.samples):
             raise InputError(
                 f"{coco} lists photos that were calibrated on", expected="others", fix="score another split"
             )
     else:
-        found = unseen(_photos(settings, images), calibrated)
+        found = held_out(_photos(settings, images), calibrated)
         task = AgreementTask(
             [found[k] for k in sorted(np.random.default_rng(seed).permutation(len(found))[:num_samples])], chain
         )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HASH_SIDE', 'MAX_DISTANCE', 'hash_images', 'near_pairs', 'group_near', 'near_duplicates', 'keep_one_per_group',
-           'leaks']
+           'leaks', 'held_out']
 
 # %% ../../nbs/data/06_duplicates.ipynb #cell-2
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import ImageError
+from ..core.errors import ImageError, InputError
 from ..core.parallel import parallel_map
 from ..core.run import sha256_file
 from .images import decode, find_images
@@ -147,3 +147,28 @@ def leaks(
         if left.index[i] not in exact
     ]
     return pd.DataFrame(sorted(rows), columns=["calibration", "validation", "kind", "distance"])
+
+# %% ../../nbs/data/06_duplicates.ipynb #held-out-1
+def held_out(images: Sequence[str | Path], other: Sequence[str | Path], *, use: str = "score") -> list[Path]:
+    """The files among `images` whose bytes are not those of a file in `other`.
+
+    Args:
+        images: Files to choose among; their order stays.
+        other: Files of the other set, for instance those that calibrated.
+        use: What the images are for, as the error says it: "score" or "calibrate".
+
+    Returns:
+        The files that are left.
+
+    Raises:
+        InputError: There were images and none is left.
+    """
+    known = {sha256_file(p) for p in other}
+    kept = [Path(p) for p in images if sha256_file(p) not in known]
+    if images and not kept:
+        raise InputError(
+            f"all {len(images)} images to {use} are in the other set, too",
+            expected="calibration and scored images that differ",
+            fix="name a folder with other images",
+        )
+    return kept

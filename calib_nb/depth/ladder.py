@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..analysis.compare import Comparison, compare_models, unseen
+from ..analysis.compare import Comparison, compare_models
 from ..core.errors import InputError
 from ..core.run import sha256_file
+from ..data.duplicates import held_out
 from ..data.preprocess import Preprocess
 from .frames import Frames
 from .metrics import DepthTask
@@ -110,7 +111,7 @@ def demand_apart(rungs: Sequence[Rung], task: DepthTask) -> None:
                 expected="different photos",
                 fix="take one of them out of the split",
             )
-        if (fresh := len(unseen(task.samples, images))) < len(task.samples):
+        if (fresh := len(held_out(task.samples, images))) < len(task.samples):
             raise InputError(
                 f"{len(task.samples) - fresh} of the {len(task.samples)} photos to score are calibrated on",
                 expected="different ones",
