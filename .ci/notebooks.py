@@ -1,0 +1,46 @@
+"""Run notebooks from top to bottom and store what their cells show: `python .ci/notebooks.py [NOTEBOOK ...]`.
+
+Without names: every notebook that exports, the index, and the reports on their built-in data. Benchmarks want real
+data, so they are named. A notebook that fails keeps its old outputs, and the exit code says so.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NBS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+def usual() -> list[Path]:
+    """Notebooks that need nothing but the checkout, in the order of reading."""
+    sources = (p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
+    return [*sorted(sources), NBS / "index.ipynb", *sorted((NBS / "reports").glob("*.ipynb"))]
+
+
+def store(path: Path) -> str:
+    """Run one notebook in its folder and write it back; returns what went wrong, or ""."""
+    notebook = nbformat.read(path, 4)
+    resources = {"metadata": {"path": str(path.parent)}}
+    try:
+        NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
+    except CellExecutionError as e:
+        return str(e)
+    nbformat.write(notebook, path)
+    subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
+    return ""
+
+
+if __name__ == "__main__":
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    failed = 0
+    for path in [Path(p).resolve() for p in sys.argv[1:]] or usual():
+        error = store(path)
+        failed += bool(error)
+        print(f"{path.relative_to(NBS)}: {error or 'stored'}", flush=True)
+    sys.exit(f"{failed} notebooks failed and keep their old outputs" if failed else 0)

@@ -1,0 +1,79 @@
+"""Run one notebook from top to bottom in this process, and say what its cells showed."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+# What most notebooks import; a server that has done so once forks a process for each of them.
+PRELOAD = [
+    "notebook_run",
+    "execnb.shell",
+    "IPython",
+    "matplotlib.pyplot",
+    "pandas",
+    "cv2",
+    "scipy.stats",
+    "onnx",
+    "onnxruntime",
+    "torch",
+    "numba",
+    "pytest",
+    "typer.testing",
+    "pydantic",
+]
+NUMBER_OF_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+TEMPORARY = re.compile(r"(/private)?(/tmp|/var/folders|/dev/shm)/[^\s'\",:)]*?(?=[/\s'\",:)]|$)")
+
+
+def code_cells(path: Path) -> list[dict]:
+    """Code cells with their source as one text."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [{**c, "source": "".join(c["source"])} for c in cells if c["cell_type"] == "code"]
+
+
+def is_example(source: str) -> bool:
+    """Whether a cell ends with a value to show: an expression without a semicolon, or a call of print or display."""
+    if re.match(r"#\|\s*(export|exporti|exports|hide|default_exp)\b", source) or not source.strip():
+        return False
+    try:
+        last = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body[-1]
+    except (SyntaxError, IndexError):
+        return False
+    return isinstance(last, ast.Expr) and not source.rstrip().endswith(";")
+
+
+def shown(outputs: list[dict]) -> list[str]:
+    """The texts among a cell's outputs, without addresses and temporary paths; pictures are left out."""
+    texts = []
+    for output in outputs:
+        if output["output_type"] == "stream" and output["name"] == "stdout":
+            texts.append("".join(output["text"]))
+        elif output["output_type"] in ("execute_result", "display_data") and "image/png" not in output["data"]:
+            texts.append("".join(output["data"].get("text/plain", "")))
+    return [TEMPORARY.sub("TMP", NUMBER_OF_ADDRESS.sub("0x", text)).strip() for text in texts if text.strip()]
+
+
+def run(path: str, pipe) -> None:
+    """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a process of its own."""
+    os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "IN_TEST": "1"}
+    from execnb.shell import CaptureShell
+
+    path = Path(path)
+    os.chdir(path.parent)
+    shell = CaptureShell(path, mpl_format="png")
+    texts = []
+    for number, cell in enumerate(code_cells(path)):
+        if re.search(r"^#\|\s*eval:\s*false", cell["source"], re.M):
+            texts.append([])
+            continue
+        try:
+            outputs = shell.run(cell["source"])
+        except Exception as e:  # the shell itself
+            outputs, shell.exc = [], e
+        if shell.exc:
+            pipe.send((f"{path.name}, code cell {number}:\n{cell['source']}\n{shell.prettytb(fname=path)}", texts))
+            return
+        texts.append(shown(outputs))
+    pipe.send(("", texts))
