@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 # What most notebooks import; a server that has done so once forks a process for each of them.
@@ -77,3 +78,14 @@ def run(path: str, pipe) -> None:
             return
         texts.append(shown(outputs))
     pipe.send(("", texts))
+
+
+class _Ending:
+    """Where `run` sends its result when no pipe is there: the end of this process."""
+
+    def send(self, result: tuple[str, list]) -> None:
+        sys.exit(result[0] or 0)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], _Ending())
