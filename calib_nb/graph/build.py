@@ -28,7 +28,7 @@ def network(
 
     Args:
         text: Statements such as `"c = Conv <pads=[1,1,1,1]> (x, w); y = Relu (c)"`, one a line or parted by ";".
-        inputs: Shape of each float32 input by name; default: `x` of shape [1,3,8,8].
+        inputs: Shape of each float32 input by name; default: `x` of shape [1, 3, 8, 8].
         outputs: Names of the outputs; default: the first result of the last statement.
         opset: Version of the standard operators.
         **constants: Value of each constant by name; floats become float32, integers int64 unless they are arrays.
@@ -54,22 +54,28 @@ def network(
         model = onnx.parser.parse_model(f"{imports} net ({head}) => ({tail}) {{\n{body}\n}}")
     except onnx.parser.ParseError as e:
         raise InputError(f"not ONNX text: {str(e).strip().splitlines()[-1]}", expected="y = Relu (x)") from e
-    for name, value in constants.items():
-        array = np.asarray(value)
-        array = array.astype(np.float32) if array.dtype == np.float64 else array
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
     known = {*shapes, *constants, *(o for n in model.graph.node for o in n.output)}
     if unknown := [i for n in model.graph.node for i in n.input if i and i not in known]:
         raise InputError(f"the text reads '{unknown[0]}'", expected="an input, a constant or an earlier result")
+    model.graph.initializer.extend(_initializer(name, value) for name, value in constants.items())
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
     used = {n.domain for n in model.graph.node} | {""}
-    imported = [o for o in model.opset_import if o.domain in used]
+    domains = [o for o in model.opset_import if o.domain in used]
     del model.opset_import[:]
-    model.opset_import.extend(imported)
+    model.opset_import.extend(domains)
     return Graph(model).infer()
 
-# %% ../../nbs/graph/03_build.ipynb #cell-12
+
+def _initializer(name: str, value: object):
+    """A constant as TensorProto; float64 becomes float32."""
+    import onnx
+
+    array = np.asarray(value)
+    array = array.astype(np.float32) if array.dtype == np.float64 else array
+    return onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+
+# %% ../../nbs/graph/03_build.ipynb #cell-16
 @dataclass(frozen=True)
 class LayerSpec:
     """One layer for `sequential`.
@@ -98,7 +104,7 @@ class LayerSpec:
 
 
 def conv(channels: int, size: int = 3, *, stride: int = 1, bias: bool = True, weight=None) -> LayerSpec:
-    """A convolution to `channels` channels with a square kernel of `size` pixels, padded so that stride 1 keeps the size."""
+    """A convolution to `channels` channels with a square kernel of `size` pixels, padded to keep the image's size."""
     return LayerSpec("Conv", channels, size, stride, 1, bias, weight)
 
 
@@ -108,7 +114,7 @@ def depthwise(size: int = 3, *, stride: int = 1, bias: bool = True, weight=None)
 
 
 def linear(channels: int, *, bias: bool = True, weight=None) -> LayerSpec:
-    """A fully connected layer to `channels` values; what arrives with more than two dimensions is flattened first."""
+    """A fully connected layer to `channels` values; an input with more than two axes is flattened first."""
     return LayerSpec("Gemm", channels, bias=bias, weight=weight)
 
 
@@ -126,12 +132,13 @@ def residual(*layers: LayerSpec | str) -> LayerSpec:
     """The sum of what arrives and what `layers` make of it; they keep the shape."""
     return LayerSpec("residual", inside=layers)
 
-# %% ../../nbs/graph/03_build.ipynb #cell-14
+# %% ../../nbs/graph/03_build.ipynb #cell-18
 class _Writer:
     """Statements and constants of a network that grows layer by layer."""
 
-    def __init__(self, channels: int, rank: int, rng: np.random.Generator):
-        self.tensor, self.channels, self.rank, self.rng = "x", channels, rank, rng
+    def __init__(self, shape: tuple, rng: np.random.Generator, opset: int):
+        self.shape, self.opset, self.rng = shape, opset, rng
+        self.tensor, self.channels, self.rank = "x", shape[1], len(shape)
         self.statements, self.constants, self.numbers = [], {}, {}
 
     def name(self, kind: str) -> str:
@@ -148,7 +155,7 @@ class _Writer:
         self.constants[name] = np.asarray(value, np.float32)
         return name
 
-    def layer(self, spec: "LayerSpec | str") -> None:
+    def layer(self, spec: LayerSpec | str) -> None:
         spec = LayerSpec(spec) if isinstance(spec, str) else spec
         if spec.op == "residual":
             arrived = self.tensor
@@ -185,7 +192,7 @@ class _Writer:
         self.channels = channels
 
     def features(self) -> int:
-        """Values of an image that arrive at a Gemm: known once the shapes of what stands before it are."""
+        """Values that arrive at a Gemm, from the shapes of what stands before it."""
         if self.rank == 2 and self.statements:
             return int(self.graph().shape(self.tensor)[1])
         return self.channels
@@ -199,8 +206,8 @@ def sequential(*layers: LayerSpec | str, shape: tuple = (1, 3, 8, 8), seed: int 
 
     Args:
         *layers: What `conv`, `depthwise`, `linear`, `norm`, `op` and `residual` describe, or the name of an operator.
-        shape: Shape of the input, [N,C,H,W] or [N,C].
-        seed: Of the drawn weights: the same seed and layers give the same network.
+        shape: Shape of the input, [N, C, H, W] or [N, C].
+        seed: Seed of the drawn weights: the same seed and layers give the same network.
         opset: Version of the standard operators.
 
     Returns:
@@ -209,14 +216,13 @@ def sequential(*layers: LayerSpec | str, shape: tuple = (1, 3, 8, 8), seed: int 
     Raises:
         InputError: A weight does not fit, or there is no layer.
 
-    Source: He et al. 2015 for the size of drawn weights.
+    Source: He et al. 2015, "Delving Deep into Rectifiers", for the size of drawn weights.
     """
     if not layers:
         raise InputError("a network without layers", expected="at least one")
-    writer = _Writer(shape[1], len(shape), np.random.default_rng(seed))
-    writer.shape, writer.opset = shape, opset
+    writer = _Writer(shape, np.random.default_rng(seed), opset)
     for layer in layers:
         writer.layer(layer)
-    head, _, tail = writer.statements[-1].partition(" = ")
+    _, _, tail = writer.statements[-1].partition(" = ")
     writer.statements[-1] = f"y = {tail}"
     return writer.graph()

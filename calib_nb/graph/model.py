@@ -16,11 +16,21 @@ from ..core.run import atomic_file
 from .contract import read_contract, single_input
 
 OPSETS = range(9, 24)  # older ones name operators that no converter knows; newer ones have not been tried
-_READ_BY_SHAPES = 1024  # floats: as many may stand in a tensor whose values decide a shape (scales of Resize); larger ones are weights
+# A tensor whose values decide a shape (scales of Resize) has at most this many values; larger ones are weights.
+_READ_BY_SHAPES = 1024
 
-# %% ../../nbs/graph/02_model.ipynb #cell-8
+# %% ../../nbs/graph/02_model.ipynb #cell-7
 def attribute(node, name: str, default=None):
-    """The value of a node's attribute (bytes as text, lists as lists), or `default` when it is not written down. Source: ONNX IR."""
+    """The value of a node's attribute.
+
+    Args:
+        node: A NodeProto.
+        name: Name of the attribute.
+        default: Returned when the node does not write it down.
+
+    Returns:
+        Bytes as text, lists as lists, numbers as they are.
+    """
     import onnx
 
     for a in node.attribute:
@@ -31,7 +41,15 @@ def attribute(node, name: str, default=None):
 
 
 class Graph:
-    """An ONNX model with its connections at hand. Tensors are named by text, nodes are `NodeProto`s of `model`, which stay valid until `infer` or `copy`. Source: ONNX IR."""
+    """An ONNX model with its connections at hand.
+
+    Tensors are named by text; nodes are `NodeProto`s of `model`, valid until the next `infer` or `copy`.
+
+    Args:
+        model: A ModelProto; it is changed in place by the methods that change the graph.
+
+    Source: ONNX, "Open Neural Network Exchange Intermediate Representation".
+    """
 
     def __init__(self, model):
         self.model = model
@@ -68,7 +86,7 @@ class Graph:
         return self._producers.get(name)
 
     def consumers(self, name: str) -> list:
-        """The nodes that read tensor `name`; one that reads it twice is named once."""
+        """The nodes that read tensor `name`; one that reads it twice is listed once."""
         if self._consumers is None:
             self._consumers = {}
             for n in self.nodes:
@@ -77,7 +95,7 @@ class Graph:
         return list(self._consumers.get(name, ()))
 
     def only_consumer(self, name: str):
-        """The node that reads `name` when it is the only one and `name` is no output of the model; else None."""
+        """The only node that reads `name`, if it reads it once and `name` is no output of the model; else None."""
         readers = self.consumers(name)
         return (
             readers[0]
@@ -93,7 +111,7 @@ class Graph:
         return self._constants
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of constant `name` (a copy), or None when it is none."""
+        """The value of constant `name` (a copy), or None when there is no such constant."""
         import onnx
 
         return onnx.numpy_helper.to_array(self.constants[name]).copy() if name in self.constants else None
@@ -111,7 +129,17 @@ class Graph:
         return name
 
     def set_input(self, node, k: int, array: np.ndarray, hint: str = "constant") -> str:
-        """Make `array` the `k`-th input of `node` alone: the constant there is changed in place when nobody else reads it, else a new one, named after `hint`, takes its place. Returns its name."""
+        """Make `array` the `k`-th input of `node` alone.
+
+        Args:
+            node: A node of this graph.
+            k: Which of its inputs.
+            array: The value.
+            hint: Name of a new constant, when the old one has other readers.
+
+        Returns:
+            The name of the constant.
+        """
         name = node.input[k] if k < len(node.input) else ""
         if not (
             name in self.constants
@@ -166,15 +194,21 @@ class Graph:
         return self.nodes[at]
 
     def remove(self, node, keep: str | None = None) -> None:
-        """Take `node` out. With `keep`, whoever read its first output reads tensor `keep` instead; an output of the model keeps its name, so `keep` must then be made by a node and be no output itself."""
+        """Take `node` out.
+
+        Args:
+            node: A node of this graph.
+            keep: Tensor that is read instead of the node's first output. An output of the model keeps its name, so
+                `keep` must then be made by a node and must not be an output itself.
+        """
         name = node.output[0]
         del self.nodes[self._at(node)]
         if keep is not None:
             old, new = (keep, name) if name in self.outputs else (name, keep)
             for n in self.nodes:
                 for names in (n.input, n.output):
-                    for k, own in enumerate(names):
-                        if own == old:
+                    for k, current in enumerate(names):
+                        if current == old:
                             names[k] = new
         self._producers = self._consumers = None
 
@@ -182,7 +216,7 @@ class Graph:
         return next(k for k, n in enumerate(self.nodes) if n is node or n.output == node.output)
 
     def infer(self) -> "Graph":
-        """Infer every shape anew, with ONNX and, where ONNX does not know, with one run of the model. Returns itself."""
+        """Infer every shape again, with ONNX and, where it does not know, with one run; returns itself."""
         import onnx
 
         del self.model.graph.value_info[:]
@@ -200,10 +234,10 @@ class Graph:
         self.changed()
         unknown = [out for n in self.nodes for out in n.output if out and self.shape(out) is None]
         if unknown and len(self.inputs) == 1 and self.shape(self.inputs[0]):
-            g, found = self.model.graph, run(self, np.zeros(self.shape(self.inputs[0]), np.float32), unknown)
-            for k in [k for k, v in enumerate(g.value_info) if v.name in found][::-1]:
+            g, arrays = self.model.graph, run(self, np.zeros(self.shape(self.inputs[0]), np.float32), unknown)
+            for k in [k for k, v in enumerate(g.value_info) if v.name in arrays][::-1]:
                 del g.value_info[k]
-            for name, array in found.items():
+            for name, array in arrays.items():
                 value = onnx.helper.make_tensor_value_info(
                     name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
                 )
@@ -226,13 +260,23 @@ class Graph:
         self.changed()
 
     def copy(self) -> "Graph":
-        """A graph of its own with equal content."""
+        """A graph with equal content that shares nothing with this one."""
         model = type(self.model)()
         model.CopyFrom(self.model)
         return Graph(model)
 
     def save(self, path: str | Path) -> Path:
-        """Check the model with onnx.checker and write it, whole or not at all; returns the path."""
+        """Check the model with onnx.checker and write it, whole or not at all.
+
+        Args:
+            path: File to write.
+
+        Returns:
+            The path.
+
+        Raises:
+            ModelError: The checker refuses the model.
+        """
         import onnx
 
         try:
@@ -240,47 +284,62 @@ class Graph:
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
             raise ModelError(
                 f"{Path(path).name} would not be valid: {' '.join(str(e).split())[:300]}",
-                fix="this is a fault of the change made to it",
+                fix="the change that was made to it is at fault",
             ) from e
         with atomic_file(path, "wb") as f:
             f.write(self.model.SerializeToString(deterministic=True))
         return Path(path)
 
-# %% ../../nbs/graph/02_model.ipynb #cell-12
+# %% ../../nbs/graph/02_model.ipynb #cell-20
 def load_graph(path: str | Path) -> Graph:
-    """The `Graph` of a float32 ONNX file with one input of fixed shape [1,C,H,W], weights of external data included; `ModelError` says what to do about any other. Source: ONNX IR."""
+    """Read a float32 ONNX file with one input of fixed shape [1, C, H, W], weights of external data included.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its graph, with all shapes inferred.
+
+    Raises:
+        ModelError: The model is quantized, has another input, opset or type, or control flow; the text says what to do.
+    """
     import onnx
 
     contract = read_contract(path)
     if contract.quantized:
-        raise ModelError(
-            f"{path} is already quantized", expected="a float model", fix="start from the float model it was made from"
-        )
+        fix = "start from the float model it was made from"
+        raise ModelError(f"{path} is already quantized", expected="a float model", fix=fix)
     spec = single_input(contract)
     if spec.dtype != "float32":
-        raise ModelError(
-            f"input '{spec.name}' of {path} is {spec.dtype}", expected="float32", fix="export the model in float32"
-        )
+        what = f"input '{spec.name}' of {path} is {spec.dtype}"
+        raise ModelError(what, expected="float32", fix="export the model in float32")
     if contract.opset not in OPSETS:
-        raise ModelError(
-            f"{path} has opset {contract.opset}",
-            expected=f"{OPSETS[0]} to {OPSETS[-1]}",
-            fix="export it again with opset 17",
-        )
+        expected = f"{OPSETS[0]} to {OPSETS[-1]}"
+        raise ModelError(f"{path} has opset {contract.opset}", expected=expected, fix="export it again with opset 17")
     if sum((Path(path).parent / name).stat().st_size for name in contract.external_data) >= 2**31:
-        raise ModelError(f"{path} has more than 2 GiB of weights", expected="less", fix="quantize a smaller model")
+        raise ModelError(f"{path} has more than 2 GiB of weights", expected="less", fix="take a smaller model")
     model = onnx.load(path)
     if inner := sorted({n.op_type for n in model.graph.node if n.op_type in ("If", "Loop", "Scan")}):
-        raise ModelError(
-            f"{path} has control flow ({', '.join(inner)})",
-            expected="a plain sequence of operators",
-            fix="export it for one fixed image size, without post-processing",
-        )
+        what, expected = f"{path} has control flow ({', '.join(inner)})", "a plain sequence of operators"
+        raise ModelError(what, expected=expected, fix="export it for one fixed image size, without post-processing")
     return Graph(model).infer()
 
-
+# %% ../../nbs/graph/02_model.ipynb #cell-23
 def open_graph(graph: Graph, tensors: Iterable[str] | None = None, *, threads: int = 2, optimize: bool = True):
-    """An `onnxruntime.InferenceSession` on the CPU of the part of the graph that makes `tensors` (inner ones too; None: its outputs). Source: ONNX Runtime."""
+    """An `onnxruntime.InferenceSession` on the CPU of the part of a graph that makes some tensors.
+
+    Args:
+        graph: The graph.
+        tensors: Names of outputs, inner tensors as well; None: the graph's outputs.
+        threads: Threads per operator.
+        optimize: Whether ONNX Runtime may fuse operators.
+
+    Returns:
+        The session.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the model.
+    """
     import onnx
 
     if tensors is None:
@@ -298,7 +357,21 @@ def open_graph(graph: Graph, tensors: Iterable[str] | None = None, *, threads: i
 def session_of(
     graph: Graph, nodes: Sequence, inputs: dict[str, np.ndarray], outputs: Sequence[str], *, threads: int = 2
 ):
-    """An `onnxruntime.InferenceSession` of some of the graph's `nodes` alone: `inputs` are examples of what they read, `outputs` the tensors wanted of them. Source: ONNX Runtime."""
+    """An `onnxruntime.InferenceSession` on the CPU of a few nodes alone.
+
+    Args:
+        graph: The graph of the nodes, for its constants.
+        nodes: The nodes, in the order in which they run.
+        inputs: An example of every tensor that they read, by name.
+        outputs: Names of the tensors to compute.
+        threads: Threads per operator.
+
+    Returns:
+        The session.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the nodes.
+    """
     import onnx
 
     values = [
@@ -337,7 +410,17 @@ def _session(model, threads: int, optimize: bool):
 def run(
     graph: Graph, image: np.ndarray | None = None, tensors: Iterable[str] | None = None, *, threads: int = 2
 ) -> dict[str, np.ndarray]:
-    """The `tensors` (None: the outputs) that the graph computes from one `image`, float32 [1,C,H,W], by name. Source: ONNX Runtime."""
+    """Compute tensors of a graph from one image.
+
+    Args:
+        graph: The graph.
+        image: float32 [1, C, H, W]; None where the tensors depend on no input.
+        tensors: Names, inner ones as well; None: the graph's outputs.
+        threads: Threads per operator.
+
+    Returns:
+        The arrays by name.
+    """
     session = open_graph(graph, tensors, threads=threads)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, {i.name: image for i in session.get_inputs()})))
