@@ -19,7 +19,7 @@ FLOORS = (
     "quant npu",
     "analysis nets",
     "faces depth tags",
-    "report",
+    "api report",
     "commands",
     "demo cli",
 )
@@ -173,10 +173,66 @@ def test_one_notebook_per_module_and_one_module_per_notebook():
     written = {
         p.relative_to(ROOT / "calib_nb").with_suffix("").as_posix().replace("/", ".")
         for p in (ROOT / "calib_nb").rglob("*.py")
-        if p.name not in ("__init__.py", "_modidx.py")
+        if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
     }
     assert written == set(modules)
     assert not [w for w in written if w.split(".")[-1] in ("utils", "helpers", "misc")]
+
+
+def public_names(path: Path) -> set[str]:
+    """What an exported module offers to `import *`; commands are reached through their `app` alone."""
+    tree = ast.parse((ROOT / "calib_nb" / (module_of(path).replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+    return set(ast.literal_eval(lists[0])) - {"app"} if lists else set()
+
+
+def test_no_public_name_has_two_homes():
+    homes = {}
+    for path in SOURCES:
+        for public in public_names(path):
+            homes.setdefault(public, []).append(module_of(path))
+    assert {n: where for n, where in homes.items() if len(where) > 1} == {}
+
+
+def test_the_front_door_names_what_exists():
+    import calib_nb
+
+    assert set(calib_nb.__all__) == set(calib_nb._HOMES)
+    door = ast.parse((ROOT / "calib_nb" / "__init__.py").read_text(encoding="utf-8"))
+    seen = {a.name: n.module for n in ast.walk(door) if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
+    assert seen == calib_nb._HOMES, "what type checkers see differs from what is imported"
+    assert all(callable(getattr(calib_nb, public)) for public in calib_nb.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        calib_nb.quantise  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys; before = set(sys.modules); import calib_nb; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [m for m in ast.literal_eval(done.stdout) if m.split(".")[0] not in ("calib_nb", "typing")] == []
+
+
+def next_of(path: Path) -> Path | None:
+    """The notebook that the last "Next:" of a notebook leads to."""
+    text = "\n".join(c["source"] for c in cells(path) if c["cell_type"] == "markdown")
+    links = re.findall(r"Next: [^\n]*?\]\(([^)#\s]+)", text)
+    return (path.parent / links[-1]).resolve() if links else None
+
+
+def test_the_chain_of_next_reaches_every_notebook():
+    reached, path = [], NBS / "00_tour.ipynb"
+    while path and path not in reached:
+        reached.append(path)
+        path = next_of(path)
+    assert [name(p) for p in SOURCES if p not in reached] == []
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_code_in_notebooks_fits_120_columns(path):
+    long = [
+        line for c in cells(path) if c["cell_type"] == "code" for line in c["source"].splitlines() if len(line) > 120
+    ]
+    assert not long, long[0]
 
 
 @pytest.mark.parametrize("path", sorted((NBS / "reports").glob("*.ipynb")), ids=name)
