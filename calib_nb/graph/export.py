@@ -19,20 +19,7 @@ import numpy as np
 from ..core.errors import InputError, ModelError
 from .contract import open_session
 
-# %% ../../nbs/graph/08_export.ipynb #cell-7
-def _compare(
-    session, x: np.ndarray, wanted: Sequence[np.ndarray], outputs: Sequence[str], file: str, tolerance: float
-) -> None:
-    """`ModelError` unless the session gives `wanted` for `x`."""
-    for name, got, want in zip(outputs, session.run(list(outputs), {"input": x}), wanted, strict=True):
-        difference = np.abs(got - want).max() if got.shape == want.shape else np.inf
-        if not difference <= tolerance * max(1, np.abs(want).max()):
-            raise ModelError(
-                f"output '{name}' of the exported {file} differs from the torch module by {difference:.2g}",
-                expected=f"at most {tolerance:g} of its largest value",
-            )
-
-
+# %% ../../nbs/graph/08_export.ipynb #cell-8
 def export_onnx(
     module,
     path: str | Path,
@@ -43,48 +30,69 @@ def export_onnx(
     tolerance: float = 1e-4,
     dynamic_batch: bool = False,
 ) -> Path:
-    """Write a torch module (RGB float32 [1,3,H,W] -> one tensor per name in `outputs`) for inputs of `size` (width, height) as the ONNX file `path`, its input named "input".
+    """Write a torch module as an ONNX file, its input named "input".
 
-    With `dynamic_batch` the first axis of every tensor is open, under the name "batch". Outputs equal torch's within `tolerance` times max(1, the largest value), or it is a `ModelError` and no file is left. Source: torch.onnx.export.
+    Args:
+        module: Torch module, RGB float32 [1, 3, H, W] -> one tensor per name in `outputs`; left in eval mode.
+        path: File to write.
+        size: Width and height in pixels.
+        outputs: Names of the outputs.
+        opset: Version of the standard operators.
+        tolerance: Greatest difference from torch, as a share of the largest output (of 1, when that is smaller).
+        dynamic_batch: Leave the first axis of every tensor open, under the name "batch".
+
+    Returns:
+        `path`.
+
+    Raises:
+        ModelError: The file computes something else; none is left then.
+        InputError: The size or the names of the outputs cannot be.
+
+    Source: torch.onnx.export.
     """
     import torch
 
     path, (width, height) = Path(path), size
     if width < 1 or height < 1 or not outputs:
-        raise InputError(
-            f"size {width}x{height}, outputs {list(outputs)}",
-            expected="a width and height in pixels, and a name per output",
-        )
-    examples = torch.randn(3 if dynamic_batch else 1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    axes = {name: {0: "batch"} for name in ["input", *outputs]} if dynamic_batch else None
+        expected = "a width and height in pixels, and a name per output"
+        raise InputError(f"size {width}x{height}, outputs {list(outputs)}", expected=expected)
+    images = torch.randn(3 if dynamic_batch else 1, 3, height, width, generator=torch.Generator().manual_seed(0))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp.onnx")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module.eval(),
-                (examples[:1],),
-                str(partial),
-                input_names=["input"],
-                output_names=list(outputs),
-                opset_version=opset,
-                dynamic_axes=axes,
-                dynamo=False,
-            )
-            session = open_session(partial)
-            for example in [examples[:1], examples][: 1 + dynamic_batch]:
-                wanted = module(example)
-                _compare(
-                    session,
-                    example.numpy(),
-                    [w.numpy() for w in (wanted if isinstance(wanted, list | tuple) else [wanted])],
-                    outputs,
-                    path.name,
-                    tolerance,
-                )
+        _write(module.eval(), partial, images[:1], outputs, opset, dynamic_batch)
+        session = open_session(partial)
+        for batch in [images[:1], images] if dynamic_batch else [images]:
+            with torch.no_grad():
+                wanted = module(batch)
+            wanted = [w.numpy() for w in (wanted if isinstance(wanted, list | tuple) else [wanted])]
+            _compare(session, batch.numpy(), wanted, outputs, path.name, tolerance)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _write(module, path: Path, image, outputs: Sequence[str], opset: int, dynamic_batch: bool) -> None:
+    """Write the file with torch's exporter, whose many messages are left out."""
+    import torch
+
+    axes = {name: {0: "batch"} for name in ["input", *outputs]} if dynamic_batch else None
+    options = {"input_names": ["input"], "output_names": list(outputs), "opset_version": opset, "dynamic_axes": axes}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (image,), str(path), dynamo=False, **options)
+
+# %% ../../nbs/graph/08_export.ipynb #cell-9
+def _compare(
+    session, x: np.ndarray, wanted: Sequence[np.ndarray], outputs: Sequence[str], file: str, tolerance: float
+) -> None:
+    """`ModelError` unless the session computes `wanted` from `x`."""
+    for name, got, want in zip(outputs, session.run(list(outputs), {"input": x}), wanted, strict=True):
+        difference = np.abs(got - want).max() if got.shape == want.shape else np.inf
+        if not difference <= tolerance * max(1, np.abs(want).max()):
+            raise ModelError(
+                f"output '{name}' of the exported {file} differs from the torch module by {difference:.2g}",
+                expected=f"at most {tolerance:g} of its largest value",
+            )

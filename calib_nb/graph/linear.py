@@ -7,6 +7,7 @@ __all__ = ['REWRITES', 'lean_attention', 'flat_gemm', 'rewrite']
 
 # %% ../../nbs/graph/07_linear.ipynb #cell-2
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +24,15 @@ from calib_nb.graph.fuse import (
     other_input,
     reduction_axes,
 )
-from .model import Graph, attribute, run
 from .layers import layers
+from .model import Graph, attribute, run
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/graph/07_linear.ipynb #cell-9
+# %% ../../nbs/graph/07_linear.ipynb #cell-8
 @dataclass(frozen=True)
 class _Attention:
-    """What an attention over channels is made of: names of tensors, and the node whose output it gives."""
+    """Pieces of an attention over channels: names of tensors, and the node whose output it makes."""
 
     packed: str  # queries, keys and values, [1, positions, 3 * heads * size]
     shortest: float  # the least length that is divided by
@@ -43,7 +44,7 @@ class _Attention:
 
 
 def _parts(graph: Graph, packed: str) -> list[str] | None:
-    """The three parts of a tensor along its first axis, without that axis, when it is read for nothing else."""
+    """The three parts of a tensor along its first axis, without it, when nobody reads it otherwise; else None."""
     readers = graph.consumers(packed)
     if (
         [n.op_type for n in readers] == ["Split"]
@@ -51,16 +52,17 @@ def _parts(graph: Graph, packed: str) -> list[str] | None:
         and len(readers[0].output) == 3
     ):
         squeezed = [follow(graph, name, "Squeeze") for name in readers[0].output]
-        found = [s[0].output[0] for s in squeezed if s]
+        parts = [s[0].output[0] for s in squeezed if s]
     else:
         gathers = [n for n in readers if n.op_type == "Gather" and attribute(n, "axis", 0) == 0]
         picked = {number(graph, n.input[1]): n.output[0] for n in gathers}
-        found = [picked[k] for k in range(3) if k in picked]
-    return found if len(found) == 3 and all(graph.shape(name) == graph.shape(packed)[1:] for name in found) else None
+        parts = [picked[k] for k in range(3) if k in picked]
+    alike = len(parts) == 3 and all(graph.shape(name) == graph.shape(packed)[1:] for name in parts)
+    return parts if alike else None
 
 
 def _unit(graph: Graph, x: str) -> tuple[str, float | None] | None:
-    """(`x` divided by its length along the last axis, least length), when `x` is read for nothing else."""
+    """(`x` over its length along the last axis, least length), when nobody else reads `x`; else None."""
     length = next((n for n in graph.consumers(x) if n.op_type == "ReduceL2"), None)
     chain = (
         follow(graph, length.output[0], "Clip", "Div") if length is not None and len(graph.consumers(x)) == 2 else None
@@ -74,42 +76,42 @@ def _unit(graph: Graph, x: str) -> tuple[str, float | None] | None:
         return None
     return chain[1].output[0], number(graph, chain[0].input[1])
 
-
+# %% ../../nbs/graph/07_linear.ipynb #cell-9
 def _attention(graph: Graph, turn) -> _Attention | None:
     """The attention over channels that begins with the Transpose `turn`, or None."""
     packed = graph.producer(turn.input[0])
     shape = graph.shape(turn.input[0]) or ()
-    if (
-        packed is None
-        or packed.op_type != "Reshape"
-        or attribute(turn, "perm") != [2, 0, 3, 4, 1]
-        or shape[:1] + shape[2:3] != (1, 3)
-    ):
+    if packed is None or packed.op_type != "Reshape" or shape[:1] + shape[2:3] != (1, 3):
         return None
-    _, positions, _, heads, size = shape
-    parts = _parts(graph, turn.output[0])
-    q, k = (_unit(graph, name) for name in parts[:2]) if parts else (None, None)
+    if attribute(turn, "perm") != [2, 0, 3, 4, 1] or (parts := _parts(graph, turn.output[0])) is None:
+        return None
+    q, k = (_unit(graph, name) for name in parts[:2])
     if q is None or k is None or q[1] is None or q[1] != k[1]:
         return None
     chain = follow(graph, k[0], "Transpose", "MatMul", "Mul", "Softmax", "MatMul", "Transpose", "Reshape")
-    if chain is None:
+    if chain is None or not _mixes_channels(chain, q[0], parts[2]):
         return None
-    flipped, product, scaled, softmax, mixed, back, last = chain
+    _, positions, _, heads, size = shape
+    _, product, scaled, *_, last = chain
     temperature = graph.constant(other_input(scaled, product.output[0]))
-    alike = (
-        [attribute(flipped, "perm"), attribute(back, "perm"), attribute(softmax, "axis", -1) % 4] == [[0, 1, 3, 2], [0, 3, 1, 2], 3]
-        and [*product.input, *mixed.input] == [q[0], flipped.output[0], softmax.output[0], parts[2]]
-        and graph.shape(packed.input[0]) == (1, positions, 3 * heads * size)
-        and graph.shape(last.output[0]) == (1, positions, heads * size)
-        and temperature is not None and (temperature.size == 1 or temperature.shape in ((heads, 1, 1), (1, heads, 1, 1)))
-    )  # fmt: skip
-    return (
-        _Attention(packed.input[0], q[1], np.broadcast_to(temperature.ravel(), heads), positions, heads, size, last)
-        if alike
-        else None
-    )
+    if temperature is None or (temperature.size > 1 and temperature.shape not in ((heads, 1, 1), (1, heads, 1, 1))):
+        return None
+    ends = graph.shape(packed.input[0]), graph.shape(last.output[0])
+    if ends != ((1, positions, 3 * heads * size), (1, positions, heads * size)):
+        return None
+    factors = np.broadcast_to(temperature.ravel(), heads)
+    return _Attention(packed.input[0], q[1], factors, positions, heads, size, last)
 
 
+def _mixes_channels(chain: Sequence, query: str, values: str) -> bool:
+    """Whether the nodes behind the unit keys multiply the right tensors in the right order."""
+    flipped, product, _, softmax, mixed, back, _ = chain
+    axes = [attribute(flipped, "perm"), attribute(back, "perm"), attribute(softmax, "axis", -1) % 4]
+    operands = [*product.input, *mixed.input]
+    right = [query, flipped.output[0], softmax.output[0], values]
+    return axes == [[0, 1, 3, 2], [0, 3, 1, 2], 3] and operands == right
+
+# %% ../../nbs/graph/07_linear.ipynb #cell-12
 def _write_attention(graph: Graph, a: _Attention) -> None:
     """Put the nodes of a lean attention in front of its last node, which then reads them."""
     import onnx
@@ -142,20 +144,26 @@ def _write_attention(graph: Graph, a: _Attention) -> None:
 
 
 def lean_attention(graph: Graph) -> Graph:
-    """A copy in which attention over channels splits before it turns, and divides queries and keys by their lengths at once.
+    """Split attention over channels before it is turned, and divide queries and keys by their lengths at once.
 
-    An Expand inside is none of its business: `drop_expand` comes first. Source: El-Nouby et al. 2021 (XCiT), section 3.2; the order is ours.
+    Args:
+        graph: The graph, left as it is; `drop_expand` comes first.
+
+    Returns:
+        A copy.
+
+    Source: El-Nouby et al. 2021 (XCiT), section 3.2.
     """
     new = graph.copy()
     for turn in [n for n in new.nodes if n.op_type == "Transpose"]:
-        if found := _attention(new, turn):
-            _write_attention(new, found)
+        if pieces := _attention(new, turn):
+            _write_attention(new, pieces)
     new.sweep()
     return new.infer()
 
-# %% ../../nbs/graph/07_linear.ipynb #cell-14
+# %% ../../nbs/graph/07_linear.ipynb #cell-19
 class _Flat(TwoForms):
-    """A graph written anew whose other form of a tensor is [positions, channels]; a tensor of two axes has that one only."""
+    """A graph written again; the other form of a tensor is [positions, channels], the only one of two axes."""
 
     def __init__(self, graph: Graph):
         super().__init__(graph, "_2d", self._forth, self._back)
@@ -181,10 +189,10 @@ class _Flat(TwoForms):
         return "Reshape", [self.size(graph.shape(tensor))], {}
 
     def get_other(self, tensor: str) -> str:
-        """As in any `TwoForms`, but a Reshape reads what the Reshape in front of it read, in whichever form: the order of the values is the same."""
-        made = self.graph.producer(tensor)
-        if tensor not in self.other and made is not None and made.op_type == "Reshape":
-            read = made.input[0]
+        """As in `TwoForms`; a Reshape reads what the Reshape before it read, in either form."""
+        maker = self.graph.producer(tensor)
+        if tensor not in self.other and maker is not None and maker.op_type == "Reshape":
+            read = maker.input[0]
             operator, inputs, attributes = self._forth(self.graph, tensor)
             self.emit(
                 operator, [self.other.get(read) or self.own[read], *inputs], [self.new_other(tensor)], **attributes
@@ -202,8 +210,9 @@ class _Flat(TwoForms):
         self.own |= {output: output} if two else {}
         return True
 
-
+# %% ../../nbs/graph/07_linear.ipynb #cell-21
 def _linear(forms: _Flat, node) -> bool:
+    """A MatMul with constant weights and its bias."""
     layer = forms.linear.get(node.output[0])
     if layer is None:
         return False
@@ -220,6 +229,7 @@ def _linear(forms: _Flat, node) -> bool:
 
 
 def _normalize(forms: _Flat, node) -> bool:
+    """A LayerNormalization over the last axis."""
     x, *weights = node.input
     rank, fixed = len(forms.graph.shape(x) or ()), all(name in forms.graph.constants for name in weights if name)
     if rank < 3 or attribute(node, "axis", -1) % rank != rank - 1 or len(node.output) > 1 or not fixed:
@@ -230,7 +240,7 @@ def _normalize(forms: _Flat, node) -> bool:
 
 
 def _operand(forms: _Flat, name: str, shape: tuple[int, ...]) -> str | None:
-    """An operand of a pointwise operator with result `shape`, with two axes where it has more; None when that cannot be."""
+    """An operand of a result of `shape`, with two axes where it has more; None when that cannot be."""
     own, graph = forms.graph.shape(name), forms.graph
     if own is None or name not in graph.constants:
         return forms.flat(name) if own == shape else None
@@ -242,6 +252,7 @@ def _operand(forms: _Flat, name: str, shape: tuple[int, ...]) -> str | None:
 
 
 def _pointwise(forms: _Flat, node) -> bool:
+    """Arithmetic and activations, when an input is flat already."""
     shape = forms.graph.shape(node.output[0]) or ()
     if len(shape) < 3 or not any(name in forms.other for name in node.input):
         return False
@@ -271,7 +282,14 @@ def _reshape(forms: _Flat, node) -> bool:
 
 
 def flat_gemm(graph: Graph) -> Graph:
-    """A copy in which every MatMul with constant weights is a Gemm with its bias, on tensors of two axes; as it is when it has none. Source: ours."""
+    """Write every MatMul with constant weights as a Gemm with its bias, on tensors of two axes.
+
+    Args:
+        graph: The graph, left as it is.
+
+    Returns:
+        A copy; an equal one when there is no such MatMul.
+    """
     forms = _Flat(graph)
     if not forms.linear:
         return graph.copy()
@@ -280,40 +298,49 @@ def flat_gemm(graph: Graph) -> Graph:
     )
     return forms.rewrite({**rules, "MatMul": _linear, "LayerNormalization": _normalize})
 
-# %% ../../nbs/graph/07_linear.ipynb #cell-17
+# %% ../../nbs/graph/07_linear.ipynb #cell-26
 REWRITES = (fuse_gelu, drop_expand, channels_last, lean_attention, flat_gemm)
 
 
-def _agree(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> bool:
+def _agree(wanted: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> bool:
+    """Whether outputs are equal to 1e-5 of the largest value."""
     return all(
-        np.allclose(found[name], value, rtol=0, atol=1e-5 * max(1e-6, float(np.abs(value).max(initial=0))))
+        np.allclose(values[name], value, rtol=0, atol=1e-5 * max(1e-6, float(np.abs(value).max(initial=0))))
         for name, value in wanted.items()
     )
 
 
 def rewrite(graph: Graph, rewrites: tuple = REWRITES) -> Graph:
-    """A copy of a simplified graph with all `rewrites` that keep its outputs to 1e-5 of the largest value; others are left out with a warning.
+    """Apply all rewrites that keep the outputs to 1e-5 of the largest value; others are left out with a warning.
 
-    Every node has a name of its own, every tensor a shape. Source: ours.
+    Args:
+        graph: A simplified graph, left as it is.
+        rewrites: Functions from a graph to a rewritten copy.
+
+    Returns:
+        A copy in which every node has a name that no other has, and every tensor a shape.
     """
     new, noise = graph.copy(), np.random.default_rng(0).uniform(-1, 1, graph.shape(graph.inputs[0])).astype(np.float32)
     wanted = run(new, noise)
     for step in rewrites:
         try:
             changed = step(new)
-            kept = _agree(wanted, found := run(changed, noise))
-            reason = "it would change the outputs"
-        except (
-            Exception
-        ) as e:  # a rewrite is a gain, never a need: whatever a graph does to one, quantization goes on without it
-            kept, reason = False, str(e) or type(e).__name__
-        if kept:
-            new, wanted = changed, found
+            agree, reason = _agree(wanted, outputs := run(changed, noise)), "it would change the outputs"
+        # A rewrite is a gain, never a need: whatever a graph does to one, the work goes on without it.
+        except Exception as e:
+            agree, reason = False, str(e) or type(e).__name__
+        if agree:
+            new, wanted = changed, outputs
         else:
             _log.warning("%s is left out: %s", step.__name__, " ".join(reason.split())[:200])
+    _name_nodes(new)
+    return new.infer()
+
+
+def _name_nodes(graph: Graph) -> None:
+    """Give every node a name that no other has, in place; the names that are there stay where they can."""
     taken = set()
-    for k, node in enumerate(new.nodes):
+    for k, node in enumerate(graph.nodes):
         names = (node.name, f"{node.op_type}_{k}", *(f"{node.op_type}_{k}_{i}" for i in range(k)))
         node.name = next(name for name in names if name and name not in taken)
         taken.add(node.name)
-    return new.infer()
