@@ -18,12 +18,14 @@ from calib_nb.core import parallel
 from calib_nb.core.errors import ImageError, InputError
 from calib_nb.core.parallel import Journal, next_batch_size, parallel_map
 
+exact = settings(derandomize=True, deadline=None)
+
 
 def quiet(function, items, **options):
     return parallel_map(function, items, progress=False, **options)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(exact, max_examples=40)
 @given(
     items=st.lists(st.integers(), max_size=600),
     workers=st.integers(1, 9),
@@ -42,11 +44,12 @@ def test_order_equals_map(tmp_path_factory, items, workers, largest, known):
         assert list(quiet(lambda pair: -pair[1], iter(keyed), workers=workers, journal=path)) == [-x for x in items]
 
 
-def test_order_in_processes_and_with_uneven_work():
-    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 3)), x)[1], range(60), backend="process", workers=3)) == list(
-        range(60)
-    )
-    assert list(quiet(lambda x: (time.sleep(0.002 * (x % 5)), x)[1], range(200), workers=8)) == list(range(200))
+def test_order_with_uneven_work():
+    def uneven(x):
+        time.sleep(0.002 * (x % 5))
+        return x
+
+    assert list(quiet(uneven, range(200), workers=8)) == list(range(200))
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -96,32 +99,34 @@ def test_memory_does_not_grow_with_the_number_of_items():
 
 
 def test_a_slow_source_is_not_waited_for():
+    taken = []
+
     def source():
         for i in range(8):
             time.sleep(0.05)
+            taken.append(i)
             yield i
 
-    start = time.perf_counter()
-    seen = [(value, time.perf_counter() - start) for value in quiet(lambda x: x, source(), workers=2)]
-    assert [value for value, _ in seen] == list(range(8))
-    assert seen[0][1] < 0.3
+    results = quiet(lambda x: x, source(), workers=2)
+    assert next(results) == 0 and len(taken) <= 2 * 2 + 1  # at most the window, however busy the machine is
+    assert list(results) == list(range(1, 8))
 
 
+@exact
 @given(st.integers(1, 256), st.integers(1, 256), st.floats(0, 100))
 def test_batch_size_is_bounded(size, done, seconds):
     assert 1 <= next_batch_size(size, done, seconds) <= min(2 * size, 256)
 
 
-@pytest.mark.parametrize("backend", ["thread", "process"])
-def test_error_in_its_place_and_named(backend):
+def test_error_in_its_place_and_named():
     def f(x):
         if x == 37:
-            raise ImageError("bad", reason="empty")  # keyword-only arguments: does not survive pickling as it is
+            raise ImageError("bad", reason="empty")
         return x
 
     seen = []
-    with pytest.raises(Exception, match="bad") as caught:
-        for value in quiet(f, range(1000), backend=backend, workers=2):
+    with pytest.raises(ImageError, match="bad") as caught:
+        for value in quiet(f, range(1000), workers=2):
             seen.append(value)
     assert seen == list(range(37)) and caught.value.__notes__ == ["while working on item 37"]
 
@@ -129,8 +134,8 @@ def test_error_in_its_place_and_named(backend):
 def test_bad_arguments():
     with pytest.raises(InputError, match="at least 1"):
         quiet(abs, [], workers=0)
-    with pytest.raises(InputError, match="did you mean 'thread'"):
-        quiet(abs, [], backend="threads")
+    with pytest.raises(InputError, match="unknown argument 'backend'; expected one of total, desc, unit"):
+        quiet(abs, [], backend="process")
 
 
 # --- the journal
@@ -167,11 +172,11 @@ def test_journal_signature_and_foreign_file(tmp_path):
         and calls == []
     )
     assert list(quiet(lambda x: x * 2, range(5), journal=path, signature="two")) == [0, 2, 4, 6, 8]
-    photo = tmp_path / "photo.jpg"
-    photo.write_bytes(b"\xff\xd8\xff\xe0")
+    image = tmp_path / "image.jpg"
+    image.write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(InputError, match="not a journal"):
-        quiet(abs, [1], journal=photo)
-    assert photo.read_bytes() == b"\xff\xd8\xff\xe0"
+        quiet(abs, [1], journal=image)
+    assert image.read_bytes() == b"\xff\xd8\xff\xe0"
 
 
 def test_journal_values_are_the_same_fresh_and_resumed(tmp_path):
@@ -187,20 +192,20 @@ def test_journal_values_are_the_same_fresh_and_resumed(tmp_path):
 SCRIPT = """
 import sys, time
 from calib_nb.core.parallel import parallel_map
-journal, calls, backend, seconds = sys.argv[1:]
+journal, calls, seconds = sys.argv[1:]
 def work(x):
     with open(calls, "a") as f:
         f.write(f"{x}\\n")
     time.sleep(float(seconds))
     return x * x
-values = list(parallel_map(work, range(300), workers=2, backend=backend, journal=journal, progress=False))
+values = list(parallel_map(work, range(300), workers=2, journal=journal, progress=False))
 assert values == [x * x for x in range(300)], values
 print("whole")
 """
 
 
-def start(tmp_path, backend="thread", seconds="0.01"):
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "journal"), str(tmp_path / "calls"), backend, seconds]
+def start(tmp_path, seconds="0.01"):
+    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "journal"), str(tmp_path / "calls"), seconds]
     environment = {**os.environ, "PYTHONPATH": str(Path(parallel.__file__).parents[2])}
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
@@ -216,33 +221,10 @@ def wait_for_calls(tmp_path, count, limit=30):
     raise AssertionError("the run did not get going")
 
 
-def group_members(group):
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until_gone(group, limit):
-    until = time.monotonic() + limit
-    while group_members(group) and time.monotonic() < until:
-        time.sleep(0.05)
-    return group_members(group)
-
-
-@pytest.mark.parametrize("backend", ["thread", "process"])
-def test_kill_9_then_resume(tmp_path, backend):
-    process = start(tmp_path, backend)
+def test_kill_9_then_resume(tmp_path):
+    process = start(tmp_path)
     wait_for_calls(tmp_path, 100)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert wait_until_gone(process.pid, 15) == []  # workers notice and leave
     process.communicate()
     journal = tmp_path / "journal"
     kept = len(journal.read_text().splitlines()) - 1
@@ -250,45 +232,23 @@ def test_kill_9_then_resume(tmp_path, backend):
     with open(journal, "a") as f:
         f.write('["299", 89')  # and the kill tore a line
     (tmp_path / "calls").unlink()
-    again = start(tmp_path, backend)
+    again = start(tmp_path)
     out, err = again.communicate(timeout=60)
     assert out == "whole\n" and err == "" and again.returncode == 0
     assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept
 
 
-@pytest.mark.parametrize("backend", ["thread", "process"])
 @pytest.mark.parametrize("after", [1, 60])
-def test_ctrl_c(tmp_path, backend, after):
-    process = start(tmp_path, backend, "0.02")
+def test_ctrl_c(tmp_path, after):
+    process = start(tmp_path, "0.02")
     wait_for_calls(tmp_path, after)
-    start_s = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     out, err = process.communicate(timeout=20)
-    assert time.monotonic() - start_s < 5
     assert out == "" and process.returncode == -signal.SIGINT
     assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
-    assert wait_until_gone(process.pid, 5) == []
     kept = len((tmp_path / "journal").read_text().splitlines()) - 1
     assert (kept >= 20) == (after == 60)
     (tmp_path / "calls").unlink()
-    again = start(tmp_path, backend, "0")
+    again = start(tmp_path, "0")
     assert again.communicate(timeout=60)[0] == "whole\n"
     assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept
-
-
-def test_a_long_item_does_not_hold_up_the_end(tmp_path):
-    process = start(tmp_path, "process", "60")
-    wait_for_calls(tmp_path, 1)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=15)
-    assert wait_until_gone(process.pid, 5) == []
-
-
-def test_a_worker_that_dies_is_an_error_not_a_hang():
-    def die(x):
-        if x == 5:
-            os._exit(3)
-        return x
-
-    with pytest.raises(Exception, match="(?i)terminated|process"):
-        list(quiet(die, range(100), backend="process", workers=2))
