@@ -17,21 +17,20 @@ from .detect import STRIDES, Faces, suppress
 
 # %% ../../nbs/faces/03_decoders.ipynb #cell-7
 def cell_corners(input_size: tuple[int, int], stride: int) -> np.ndarray:
-    """Upper left corners (x, y) of a grid's cells in pixels, float32 [n,2], row by row, for an input of `input_size` (width, height). Source: ours."""
+    """Upper left corners of a grid's cells, row by row.
+
+    Args:
+        input_size: Width and height of the network's input, pixels.
+        stride: Side of a cell, pixels.
+
+    Returns:
+        float32 [n,2] (x, y), pixels.
+    """
     columns, rows = (-(-side // stride) for side in input_size)
-    return (
-        np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2).astype(np.float32) * stride
-    )
+    cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1)
+    return cells.reshape(-1, 2).astype(np.float32) * stride
 
-
-def pick_output(outputs: Mapping[str, np.ndarray], rows: int, width: int, family: str) -> np.ndarray:
-    """The one output of `rows` rows of `width` numbers, as float32 [rows,width]; a `ModelError` that lists what there is otherwise. Source: ours."""
-    found = [v for v in outputs.values() if v.shape[-1] == width and v.size == rows * width]
-    if len(found) != 1:
-        raise _not_a(family, outputs, f"one output of {rows} rows of {width}")
-    return np.asarray(found[0], np.float32).reshape(rows, width)
-
-
+# %% ../../nbs/faces/03_decoders.ipynb #cell-10
 def _not_a(family: str, outputs: Mapping[str, np.ndarray], expected: str) -> ModelError:
     there = ", ".join(f"{name} {list(v.shape)}" for name, v in outputs.items())
     return ModelError(
@@ -41,10 +40,42 @@ def _not_a(family: str, outputs: Mapping[str, np.ndarray], expected: str) -> Mod
     )
 
 
+def pick_output(outputs: Mapping[str, np.ndarray], rows: int, width: int, family: str) -> np.ndarray:
+    """The one output of a certain size.
+
+    Args:
+        outputs: A network's outputs by name.
+        rows: How many rows it has.
+        width: Numbers in a row.
+        family: Name of the detector, for the error.
+
+    Returns:
+        float32 [rows,width].
+
+    Raises:
+        ModelError: There is none, or more than one.
+    """
+    fitting = [v for v in outputs.values() if v.shape[-1] == width and v.size == rows * width]
+    if len(fitting) != 1:
+        raise _not_a(family, outputs, f"one output of {rows} rows of {width}")
+    return np.asarray(fitting[0], np.float32).reshape(rows, width)
+
+# %% ../../nbs/faces/03_decoders.ipynb #cell-13
 def best_faces(
     boxes: np.ndarray, scores: np.ndarray, landmarks: np.ndarray, nms_threshold: float, top_k: int = 5000
 ) -> Faces:
-    """Candidates [n,4], [n], [n,5,2] as Faces: the `top_k` best, without those that overlap a better one by more than `nms_threshold`. Source: ours."""
+    """Candidates as faces, best first.
+
+    Args:
+        boxes: Corners [n,4].
+        scores: [n].
+        landmarks: [n,5,2].
+        nms_threshold: Largest overlap of two faces; see `suppress`.
+        top_k: How many of the best go through suppression.
+
+    Returns:
+        The faces that stay.
+    """
     best = np.argsort(-scores, kind="stable")[:top_k]
     faces = Faces(np.float32(boxes[best]), np.float32(scores[best]), np.float32(landmarks[best]))
     return faces[suppress(faces.boxes, faces.scores, nms_threshold)]
@@ -53,7 +84,7 @@ def best_faces(
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -60, 60)))
 
-# %% ../../nbs/faces/03_decoders.ipynb #cell-10
+# %% ../../nbs/faces/03_decoders.ipynb #cell-16
 def decode_scrfd(
     outputs: Mapping[str, np.ndarray],
     *,
@@ -61,9 +92,21 @@ def decode_scrfd(
     score_threshold: float = 0.5,
     nms_threshold: float = 0.4,
 ) -> Faces:
-    """The faces in SCRFD's nine outputs (scores, distances, points at strides 8, 16, 32; two anchors per cell), in pixels of the input (width, height).
+    """The faces in SCRFD's nine outputs.
 
-    A `ModelError` when they are another model's. Source: Guo et al. 2021, Sample and Computation Redistribution for Efficient Face Detection; insightface.
+    Args:
+        outputs: The network's outputs by name: scores, distances and points at strides 8, 16, 32.
+        input_size: Width and height of the network's input, pixels.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces.
+
+    Returns:
+        The faces, in pixels of the input.
+
+    Raises:
+        ModelError: The outputs are another model's.
+
+    Source: Guo et al. 2021, Sample and Computation Redistribution for Efficient Face Detection; insightface.
     """
     boxes, scores, landmarks = [], [], []
     for stride in STRIDES:
@@ -76,12 +119,21 @@ def decode_scrfd(
         landmarks.append(point[:, None] + offset[sure].reshape(-1, 5, 2) * stride)
     return best_faces(np.concatenate(boxes), np.concatenate(scores), np.concatenate(landmarks), nms_threshold)
 
-# %% ../../nbs/faces/03_decoders.ipynb #cell-13
+# %% ../../nbs/faces/03_decoders.ipynb #cell-22
 PRIOR_SIZES = {8: (16, 32), 16: (64, 128), 32: (256, 512)}
 
 
 def retinaface_priors(input_size: tuple[int, int]) -> np.ndarray:
-    """RetinaFace's priors, float32 [n,4]: centre x, y and sides in pixels, by stride, row, column, size. Source: Deng et al. 2020; its MobileNet-0.25 settings."""
+    """RetinaFace's priors, by stride, row, column and size.
+
+    Args:
+        input_size: Width and height of the network's input, pixels.
+
+    Returns:
+        float32 [n,4]: middle x, y and the two sides, pixels.
+
+    Source: Deng et al. 2020; its MobileNet-0.25 settings.
+    """
     priors = []
     for stride, sizes in PRIOR_SIZES.items():
         centers = np.repeat(cell_corners(input_size, stride) + stride / 2, len(sizes), axis=0)
@@ -89,7 +141,7 @@ def retinaface_priors(input_size: tuple[int, int]) -> np.ndarray:
         priors.append(np.hstack([centers, sides, sides]))
     return np.concatenate(priors)
 
-
+# %% ../../nbs/faces/03_decoders.ipynb #cell-25
 def decode_retinaface(
     outputs: Mapping[str, np.ndarray],
     *,
@@ -97,9 +149,21 @@ def decode_retinaface(
     score_threshold: float = 0.6,
     nms_threshold: float = 0.4,
 ) -> Faces:
-    """The faces in RetinaFace's three outputs (loc [1,n,4], conf [1,n,2], landmarks [1,n,10] over n priors), in pixels of the input (width, height).
+    """The faces in RetinaFace's three outputs.
 
-    A `ModelError` when they are another model's. Source: Deng et al. 2020, RetinaFace; variances 0.1 and 0.2 as in SSD (Liu et al. 2016).
+    Args:
+        outputs: The network's outputs by name: loc [1,n,4], conf [1,n,2] and landmarks [1,n,10] over n priors.
+        input_size: Width and height of the network's input, pixels.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces.
+
+    Returns:
+        The faces, in pixels of the input.
+
+    Raises:
+        ModelError: The outputs are another model's.
+
+    Source: Deng et al. 2020, RetinaFace; variances 0.1 and 0.2 as in SSD (Liu et al. 2016).
     """
     priors = retinaface_priors(input_size)
     loc, conf, points = (pick_output(outputs, len(priors), width, "RetinaFace") for width in (4, 2, 10))
@@ -109,7 +173,7 @@ def decode_retinaface(
     landmarks = center[:, None] + points[sure].reshape(-1, 5, 2) * 0.1 * side[:, None]
     return best_faces(np.hstack([middle - half, middle + half]), conf[sure, 1], landmarks, nms_threshold)
 
-# %% ../../nbs/faces/03_decoders.ipynb #cell-16
+# %% ../../nbs/faces/03_decoders.ipynb #cell-31
 YOLOV5_ANCHORS = {
     8: ((4, 5), (8, 10), (13, 16)),
     16: ((23, 29), (43, 55), (73, 105)),
@@ -124,14 +188,12 @@ def _maps(
     maps = {}
     for stride in STRIDES:
         columns, rows = (side // stride for side in input_size)
-        found = [
-            v for v in outputs.values() if v.ndim == 4 and v.shape[2:] == (rows, columns) and v.shape[1] in channels
-        ]
-        if len(found) != 1:
-            raise _not_a(
-                family, outputs, f"one map [1,{' or '.join(map(str, channels))},{rows},{columns}] at stride {stride}"
-            )
-        maps[stride] = np.asarray(found[0], np.float32)[0].transpose(1, 2, 0).reshape(rows * columns, -1)
+        fitting = [v for v in outputs.values() if v.ndim == 4 and v.shape[2:] == (rows, columns)]
+        fitting = [v for v in fitting if v.shape[1] in channels]
+        if len(fitting) != 1:
+            either = " or ".join(map(str, channels))
+            raise _not_a(family, outputs, f"one map [1,{either},{rows},{columns}] at stride {stride}")
+        maps[stride] = np.asarray(fitting[0], np.float32)[0].transpose(1, 2, 0).reshape(rows * columns, -1)
     return maps
 
 
@@ -142,20 +204,29 @@ def decode_yolov5_face(
     score_threshold: float = 0.5,
     nms_threshold: float = 0.5,
 ) -> Faces:
-    """The faces in YOLOv5-Face's three raw maps [1,48,H,W] at strides 8, 16, 32, in pixels of the input (width, height).
+    """The faces in YOLOv5-Face's three raw maps.
 
-    A `ModelError` when they are another model's. Source: Qi et al. 2021, YOLO5Face; anchors and box formula of its repository (YOLOv5).
+    Args:
+        outputs: The network's outputs by name: maps [1,48,H,W] at strides 8, 16, 32.
+        input_size: Width and height of the network's input, pixels.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces.
+
+    Returns:
+        The faces, in pixels of the input.
+
+    Raises:
+        ModelError: The outputs are another model's.
+
+    Source: Qi et al. 2021, YOLO5Face; anchors and box formula of its repository (YOLOv5).
     """
     boxes, scores, landmarks = [], [], []
     for stride, cells in _maps(outputs, input_size, (48,), "YOLOv5-Face").items():
         rows = cells.reshape(-1, 3, 16)
         score = _sigmoid(rows[..., 4]) * _sigmoid(rows[..., 15])
         cell, k = np.nonzero(score >= score_threshold)
-        row, corner, anchor = (
-            rows[cell, k],
-            cell_corners(input_size, stride)[cell],
-            np.float32(YOLOV5_ANCHORS[stride])[k],
-        )
+        row, corner = rows[cell, k], cell_corners(input_size, stride)[cell]
+        anchor = np.float32(YOLOV5_ANCHORS[stride])[k]
         share = _sigmoid(row[:, :4])
         center, half = (2 * share[:, :2] - 0.5) * stride + corner, (2 * share[:, 2:]) ** 2 * anchor / 2
         boxes.append(np.hstack([center - half, center + half]))
@@ -163,20 +234,45 @@ def decode_yolov5_face(
         landmarks.append(row[:, 5:15].reshape(-1, 5, 2) * anchor[:, None] + corner[:, None])
     return best_faces(np.concatenate(boxes), np.concatenate(scores), np.concatenate(landmarks), nms_threshold)
 
-# %% ../../nbs/faces/03_decoders.ipynb #cell-19
+# %% ../../nbs/faces/03_decoders.ipynb #cell-37
 POINTS_IN_BOX = np.float32([[0.269, 0.403], [0.731, 0.403], [0.5, 0.586], [0.307, 0.746], [0.693, 0.746]])
 
 
 def points_from_box(boxes: np.ndarray) -> np.ndarray:
-    """Five points [n,5,2] at their average place in upright boxes [n,4] of whole faces. Source: ours; median of SCRFD's points in YOLOv8-Face's boxes over 300 LFW photos."""
+    """Five points at their average place in upright boxes of whole faces.
+
+    Args:
+        boxes: Corners [n,4], pixels.
+
+    Returns:
+        float32 [n,5,2], pixels.
+    """
     boxes = np.float32(boxes).reshape(-1, 4)
     return boxes[:, None, :2] + POINTS_IN_BOX * (boxes[:, None, 2:] - boxes[:, None, :2])
 
-# %% ../../nbs/faces/03_decoders.ipynb #cell-22
+# %% ../../nbs/faces/03_decoders.ipynb #cell-42
 def dfl_distance(logits: np.ndarray) -> np.ndarray:
-    """Mean of each distribution over 0..b-1: [...,b] logits to [...] distances in strides. Source: Li et al. 2020, Generalized Focal Loss."""
+    """Mean of each distribution over 0..b-1.
+
+    Args:
+        logits: [...,b].
+
+    Returns:
+        Distances in strides [...].
+
+    Source: Li et al. 2020, Generalized Focal Loss.
+    """
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return (weights * np.arange(logits.shape[-1], dtype=np.float32)).sum(axis=-1) / weights.sum(axis=-1)
+
+# %% ../../nbs/faces/03_decoders.ipynb #cell-47
+def _yolov8_export(single: np.ndarray, score_threshold: float, nms_threshold: float) -> Faces:
+    """The faces in the one output [1,20,n] or [1,5,n] of Ultralytics' export."""
+    rows = np.asarray(single, np.float32)[0].T
+    rows = rows[rows[:, 4] >= score_threshold]
+    boxes = np.hstack([rows[:, :2] - rows[:, 2:4] / 2, rows[:, :2] + rows[:, 2:4] / 2])
+    landmarks = rows[:, 5:].reshape(-1, 5, 3)[..., :2] if rows.shape[1] == 20 else points_from_box(boxes)
+    return best_faces(boxes, rows[:, 4], landmarks, nms_threshold)
 
 
 def decode_yolov8_face(
@@ -186,32 +282,38 @@ def decode_yolov8_face(
     score_threshold: float = 0.45,
     nms_threshold: float = 0.5,
 ) -> Faces:
-    """The faces in YOLOv8-Face's raw maps [1,80,H,W] (or [1,65,H,W]: boxes alone) at strides 8, 16, 32, or in its export's one output [1,20,n] (or [1,5,n]), in pixels of the input (width, height).
+    """The faces in YOLOv8-Face's raw maps, or in its export's one output.
 
-    Where there are no points they come from `points_from_box`. A `ModelError` when they are another model's. Source: Ultralytics YOLOv8 pose; yolov8-face (derronqi), thresholds of its demonstration.
+    Where the network has no points they come from `points_from_box`.
+
+    Args:
+        outputs: The network's outputs by name: maps [1,80,H,W] at strides 8, 16, 32 ([1,65,H,W] without points),
+            or one output [1,20,n] ([1,5,n] without points).
+        input_size: Width and height of the network's input, pixels.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces.
+
+    Returns:
+        The faces, in pixels of the input.
+
+    Raises:
+        ModelError: The outputs are another model's.
+
+    Source: Ultralytics YOLOv8 pose; yolov8-face (derronqi), thresholds of its demonstration.
     """
     single = [v for v in outputs.values() if v.ndim == 3 and v.shape[1] in (5, 20)]
     if len(outputs) == len(single) == 1:
-        row = np.asarray(single[0], np.float32)[0].T
-        row = row[row[:, 4] >= score_threshold]
-        boxes, scores = np.hstack([row[:, :2] - row[:, 2:4] / 2, row[:, :2] + row[:, 2:4] / 2]), row[:, 4]
-        landmarks = row[:, 5:].reshape(-1, 5, 3)[..., :2] if row.shape[1] == 20 else points_from_box(boxes)
-        return best_faces(boxes, scores, landmarks, nms_threshold)
+        return _yolov8_export(single[0], score_threshold, nms_threshold)
     boxes, scores, landmarks = [], [], []
     for stride, cells in _maps(outputs, input_size, (65, 80), "YOLOv8-Face").items():
         score = _sigmoid(cells[:, 64])
         sure = np.flatnonzero(score >= score_threshold)
-        corner, reach = (
-            cell_corners(input_size, stride)[sure],
-            dfl_distance(cells[sure, :64].reshape(-1, 4, 16)) * stride,
-        )
-        center = corner + stride / 2
+        corner = cell_corners(input_size, stride)[sure]
+        center, reach = corner + stride / 2, dfl_distance(cells[sure, :64].reshape(-1, 4, 16)) * stride
         boxes.append(np.hstack([center - reach[:, :2], center + reach[:, 2:]]))
         scores.append(score[sure])
-        points = (
-            cells[sure, 65:].reshape(-1, 5, 3)[..., :2] * 2 * stride + corner[:, None]
-            if cells.shape[1] == 80
-            else points_from_box(boxes[-1])
-        )
-        landmarks.append(points)
+        if cells.shape[1] == 80:
+            landmarks.append(cells[sure, 65:].reshape(-1, 5, 3)[..., :2] * 2 * stride + corner[:, None])
+        else:
+            landmarks.append(points_from_box(boxes[-1]))
     return best_faces(np.concatenate(boxes), np.concatenate(scores), np.concatenate(landmarks), nms_threshold)
