@@ -16,11 +16,20 @@ ARCFACE_TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 
-# %% ../../nbs/faces/05_align.ipynb #cell-10
+# %% ../../nbs/faces/05_align.ipynb #cell-12
 def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The similarity transform (rotation, uniform scale, shift; no reflection) that brings points `source` [n,2] nearest to `target` [n,2], least squares.
+    """The similarity transform (rotation, scale, shift; no reflection) between two sets of points, by least squares.
 
-    Returns float64 [2,3], to be applied as `matrix[:, :2] @ point + matrix[:, 2]`. Fewer than two different points, or NaN, are an `InputError`.
+    Args:
+        source: Points [n,2] that move.
+        target: Points [n,2] that they come nearest to.
+
+    Returns:
+        float64 [2,3]; a point goes to `matrix[:, :2] @ point + matrix[:, 2]`.
+
+    Raises:
+        InputError: Fewer than two different points, or NaN.
+
     Source: Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991.
     """
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
@@ -39,17 +48,26 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     linear = (d * sign).sum() / variance * (u * sign) @ vt
     return np.column_stack([linear, mean_t - linear @ mean_s])
 
-# %% ../../nbs/faces/05_align.ipynb #cell-15
+# %% ../../nbs/faces/05_align.ipynb #cell-21
 def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarray:
-    """The aligned crop [size,size,3] of one face: `landmarks` [5,2] (px) brought to the ArcFace template, bilinear, black outside the photo.
+    """The aligned crop of one face: bilinear, black outside the image.
 
-    `image` is uint8 [H,W,3]; channels keep their order (BGR in, BGR out). Source: ArcFace (Deng et al. 2019), insightface's norm_crop.
+    Args:
+        image: uint8 [H,W,3]; the channels keep their order (BGR in, BGR out).
+        landmarks: Five points [5,2] in pixels, which go onto the ArcFace template.
+        size: Side of the crop, pixels.
+
+    Returns:
+        uint8 [size,size,3].
+
+    Raises:
+        InputError: The landmarks have another shape.
+
+    Source: ArcFace (Deng et al. 2019), insightface's norm_crop.
     """
     landmarks = np.asarray(landmarks, np.float64)
     if landmarks.shape != (5, 2):
-        raise InputError(
-            f"landmarks of shape {landmarks.shape}", expected="[5,2]: eyes, nose, mouth corners of one face"
-        )
-    return cv2.warpAffine(
-        image, umeyama(landmarks, ARCFACE_TEMPLATE * (size / 112)), (size, size), flags=cv2.INTER_LINEAR
-    )
+        expected = "[5,2]: eyes, nose, mouth corners of one face"
+        raise InputError(f"landmarks of shape {landmarks.shape}", expected=expected)
+    matrix = umeyama(landmarks, ARCFACE_TEMPLATE * (size / 112))
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)

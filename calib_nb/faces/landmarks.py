@@ -24,35 +24,61 @@ from ..graph.contract import open_session
 # %% ../../nbs/faces/06_landmarks.ipynb #cell-7
 LAPA_FIVE = (104, 105, 54, 84, 90)
 MESH_FIVE = ((33, 133), (362, 263), (4,), (61,), (291,))
-_LIFT = (
-    1 / 12
-)  # of the eye distance: SCRFD's mouth corners above MediaPipe's middle of the mouth, median over 300 LFW photos
-_HALF_MOUTH = float(
-    (ARCFACE_TEMPLATE[4, 0] - ARCFACE_TEMPLATE[3, 0]) / 2 / (ARCFACE_TEMPLATE[1, 0] - ARCFACE_TEMPLATE[0, 0])
-)
 
 
 def points_from_106(points: np.ndarray) -> np.ndarray:
-    """Five points [n,5,2] of LaPa's 106 [n,106,2]. Source: Liu et al. 2020, LaPa; MMPose's numbering."""
+    """Five points [n,5,2] of LaPa's 106 [n,106,2].
+
+    Source: Liu et al. 2020, LaPa; MMPose's numbering.
+    """
     return np.asarray(points)[:, LAPA_FIVE]
 
 
 def points_from_mesh(points: np.ndarray) -> np.ndarray:
-    """Five points [n,5,2] of a MediaPipe face mesh [n,468 or 478,2]. Source: MediaPipe's canonical face model."""
+    """Five points [n,5,2] of a MediaPipe face mesh [n,468 or 478,2].
+
+    Source: MediaPipe's canonical face model.
+    """
     points = np.asarray(points)
     return np.stack([points[:, indices].mean(axis=1) for indices in MESH_FIVE], axis=1)
 
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-12
+_LIFT = 1 / 12  # of the eye distance
+_EYES, _MOUTH = (ARCFACE_TEMPLATE[right, 0] - ARCFACE_TEMPLATE[left, 0] for left, right in ((0, 1), (3, 4)))
+_HALF_MOUTH = float(_MOUTH / 2 / _EYES)
+
 
 def points_from_six(points: np.ndarray) -> np.ndarray:
-    """Five points [n,5,2] of MediaPipe Face Detection's six [n,6,2] (eyes, nose, middle of the mouth, ears); the mouth corners are made. Source: ours, width of the ArcFace template."""
+    """Five points of MediaPipe Face Detection's six; the mouth corners are made.
+
+    Args:
+        points: Eyes, nose, middle of the mouth, ears [n,6,2], pixels.
+
+    Returns:
+        [n,5,2], pixels.
+    """
     points = np.asarray(points)
     eyes = points[:, 1] - points[:, 0]
     across, middle = eyes * _HALF_MOUTH, points[:, 3] + np.stack([eyes[:, 1], -eyes[:, 0]], axis=1) * _LIFT
     return np.stack([points[:, 0], points[:, 1], points[:, 2], middle - across, middle + across], axis=1)
 
-# %% ../../nbs/faces/06_landmarks.ipynb #cell-10
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-15
 def decode_simcc(x: np.ndarray, y: np.ndarray, split: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Points [n,k,2] in pixels of the input, and scores [n,k], from SimCC's rows [n,k,width*split] and [n,k,height*split]. Source: Li et al. 2022, SimCC; Jiang et al. 2023, RTMPose."""
+    """Points of SimCC's rows.
+
+    Args:
+        x: Scores along the width [n,k,width*split].
+        y: Scores along the height [n,k,height*split].
+        split: Bins per pixel.
+
+    Returns:
+        Points [n,k,2] in pixels of the input, and scores [n,k].
+
+    Raises:
+        ModelError: The two do not belong together.
+
+    Source: Li et al. 2022, SimCC; Jiang et al. 2023, RTMPose.
+    """
     if x.ndim != 3 or y.ndim != 3 or x.shape[:2] != y.shape[:2]:
         raise ModelError(
             f"outputs of shape {list(x.shape)} and {list(y.shape)} are not SimCC's",
@@ -62,18 +88,38 @@ def decode_simcc(x: np.ndarray, y: np.ndarray, split: float = 2.0) -> tuple[np.n
     points = np.stack([x.argmax(axis=-1), y.argmax(axis=-1)], axis=-1) / np.float32(split)
     return points.astype(np.float32), np.minimum(x.max(axis=-1), y.max(axis=-1))
 
-
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-18
 def box_to_input(box: np.ndarray, size: tuple[int, int], padding: float = 1.25) -> np.ndarray:
-    """The affine matrix [2,3] from a photo to an input of `size` (width, height): `box` (x1, y1, x2, y2), widened by `padding` and to the input's aspect, fills it. Source: MMPose's top-down transform."""
+    """The affine matrix from an image to a network's input that a box fills.
+
+    Args:
+        box: Corners [4] (x1, y1, x2, y2), pixels.
+        size: Width and height of the input, pixels.
+        padding: How many times wider and higher the box is made.
+
+    Returns:
+        float64 [2,3].
+
+    Source: MMPose's top-down transform.
+    """
     center, (w, h) = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) * padding
     scale = min(size[0] / w, size[1] / h)
     return np.float64([[scale, 0, size[0] / 2 - scale * center[0]], [0, scale, size[1] / 2 - scale * center[1]]])
 
-
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-21
 class RtmposeFaces:
-    """An RTMPose face model (106 points, outputs simcc_x and simcc_y) on the boxes that another `detector` finds. Call `.detect(bgr)`.
+    """An RTMPose face model of 106 points on the boxes of another detector, whose boxes and scores stay.
 
-    Boxes and scores stay that detector's. Source: Jiang et al. 2023, RTMPose; ImageNet mean and deviation as in its configuration.
+    Args:
+        model: The ONNX file, with outputs simcc_x and simcc_y.
+        detector: Has `.detect(bgr)` that gives `Faces`.
+        threads: Threads per operator.
+        device: As in `open_session`.
+
+    Raises:
+        ModelError: The file's input or outputs are not RTMPose's.
+
+    Source: Jiang et al. 2023, RTMPose; ImageNet mean and deviation as in its configuration.
     """
 
     def __init__(self, model: str | Path, detector, *, threads: int = 2, device: str = "cpu"):
@@ -86,26 +132,21 @@ class RtmposeFaces:
                 fix="is this an RTMPose file?",
             )
         self.size, self._input, self._outputs = (tensor.shape[3], tensor.shape[2]), tensor.name, sorted(outputs)
-        self.preprocess = (
-            Preprocess()
-            .convert_color("BGR2RGB")
-            .normalize([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-            .transpose([2, 0, 1])
-            .expand_dim(0)
-        )
+        chain = Preprocess().convert_color("BGR2RGB").normalize([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+        self.preprocess = chain.transpose([2, 0, 1]).expand_dim(0)
 
     def points(self, bgr: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-        """All points [n,k,2] of the faces in `boxes` [n,4], in pixels of the photo."""
-        found = []
+        """All points [n,k,2] of the faces in `boxes` [n,4], in pixels of the image."""
+        points_of = []
         for box in boxes:
             matrix = box_to_input(box, self.size)
             crop = cv2.warpAffine(bgr, matrix, self.size, flags=cv2.INTER_LINEAR)
             points, _ = decode_simcc(*self.session.run(self._outputs, {self._input: self.preprocess(crop)}))
-            found.append((points[0] - matrix[:, 2]) / matrix[0, 0])
-        return np.float32(found)
+            points_of.append((points[0] - matrix[:, 2]) / matrix[0, 0])
+        return np.float32(points_of)
 
     def detect(self, bgr: np.ndarray) -> Faces:
-        """The faces in a photo (uint8 BGR [H,W,3]), in its pixels, best score first."""
+        """The faces in an image (uint8 BGR [H,W,3]), in its pixels, best score first."""
         faces = self.detector.detect(bgr)
         if not len(faces):
             return faces
@@ -118,15 +159,25 @@ class RtmposeFaces:
             )
         return Faces(faces.boxes, faces.scores, points_from_106(points))
 
-# %% ../../nbs/faces/06_landmarks.ipynb #cell-13
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-26
 def mediapipe_faces(found, kind: str, width: int, height: int) -> Faces:
-    """Faces in pixels from the result of MediaPipe's face detector (`kind` "simple": `.detections`) or landmarker ("mesh": `.face_landmarks`) on a photo of `width` x `height`. Source: MediaPipe Tasks."""
+    """The result of a MediaPipe task as faces.
+
+    Args:
+        found: What its `detect` gives: `.detections` of the face detector, `.face_landmarks` of the landmarker.
+        kind: "simple" for the detector, "mesh" for the landmarker.
+        width: Of the image, pixels.
+        height: Of the image, pixels.
+
+    Returns:
+        The faces in pixels of the image, best score first.
+
+    Source: MediaPipe Tasks.
+    """
     size = np.float32([width, height])
     if require_known(kind, ("simple", "mesh"), "kind") == "simple":
-        boxes = [
-            (b.origin_x, b.origin_y, b.origin_x + b.width, b.origin_y + b.height)
-            for b in (d.bounding_box for d in found.detections)
-        ]
+        bounds = [d.bounding_box for d in found.detections]
+        boxes = [(b.origin_x, b.origin_y, b.origin_x + b.width, b.origin_y + b.height) for b in bounds]
         points = np.float32([[(p.x, p.y) for p in d.keypoints] for d in found.detections]).reshape(-1, 6, 2) * size
         scores, landmarks = np.float32([d.categories[0].score for d in found.detections]), points_from_six(points)
     else:
@@ -136,11 +187,22 @@ def mediapipe_faces(found, kind: str, width: int, height: int) -> Faces:
     order = np.argsort(-scores, kind="stable")
     return Faces(np.float32(boxes).reshape(-1, 4)[order], scores[order], np.float32(landmarks)[order])
 
-
+# %% ../../nbs/faces/06_landmarks.ipynb #cell-34
 class MediaPipeFaces:
-    """MediaPipe's Face Detection (`kind` "simple", a .tflite file) or Face Landmarker ("mesh", a .task file, up to `most` faces). Call `.detect(bgr)`.
+    """MediaPipe's Face Detection or Face Landmarker, on the CPU, one image at a time.
 
-    Runs on the CPU, one photo at a time. A missing package or a file of another kind is a `ModelError`. Source: MediaPipe Tasks.
+    Args:
+        model: A .tflite file for the detector, a .task file for the landmarker.
+        kind: "simple" for the detector, "mesh" for the landmarker.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces ("simple").
+        most: Largest number of faces ("mesh").
+
+    Raises:
+        InputError: There is no such file.
+        ModelError: The package is missing, or cannot use the file.
+
+    Source: MediaPipe Tasks.
     """
 
     def __init__(
@@ -160,15 +222,11 @@ class MediaPipeFaces:
         base = BaseOptions(model_asset_path=str(path))
         try:
             if kind == "simple":
-                self._task = vision.FaceDetector.create_from_options(
-                    vision.FaceDetectorOptions(
-                        base, min_detection_confidence=score_threshold, min_suppression_threshold=nms_threshold
-                    )
-                )
+                limits = {"min_detection_confidence": score_threshold, "min_suppression_threshold": nms_threshold}
+                self._task = vision.FaceDetector.create_from_options(vision.FaceDetectorOptions(base, **limits))
             else:
-                self._task = vision.FaceLandmarker.create_from_options(
-                    vision.FaceLandmarkerOptions(base, num_faces=most, min_face_detection_confidence=score_threshold)
-                )
+                limits = {"num_faces": most, "min_face_detection_confidence": score_threshold}
+                self._task = vision.FaceLandmarker.create_from_options(vision.FaceLandmarkerOptions(base, **limits))
         except (ValueError, RuntimeError, OSError) as e:
             raise ModelError(
                 f"MediaPipe cannot use {path.name}: {str(e).splitlines()[0][:160]}",
@@ -178,7 +236,7 @@ class MediaPipeFaces:
         weakref.finalize(self, _close, self._task)
 
     def detect(self, bgr: np.ndarray) -> Faces:
-        """The faces in a photo (uint8 BGR [H,W,3]), in its pixels, best score first."""
+        """The faces in an image (uint8 BGR [H,W,3]), in its pixels, best score first."""
         import mediapipe
 
         picture = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
@@ -188,7 +246,7 @@ class MediaPipeFaces:
 
 
 def _close(task) -> None:
-    """Closes a MediaPipe task; at exit, where its threads are gone before it is and its destructor would complain, it is left to the system."""
+    """Close a MediaPipe task; at exit, when its threads are gone and its destructor fails, leave it to the system."""
     try:
         task.close()
     except RuntimeError:
