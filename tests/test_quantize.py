@@ -1,4 +1,4 @@
-"""Quantizing: what is written is checked, repeatable, whole or absent; what cannot be quantized is refused in one line."""
+"""Quantizing: what is written is checked, repeatable, whole or absent; refusals are one line."""
 
 import logging
 import os
@@ -10,17 +10,19 @@ import time
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from calib_nb.core.errors import ImageError, InputError, ModelError
 from calib_nb.core.run import sha256_file
+from calib_nb.graph import build
 from calib_nb.graph.contract import fix_batch, open_session, read_contract
 from calib_nb.quant.quantize import images_digest, quantize_static, read_history
 from calib_nb.quant.ranges import RANGE_METHODS
 from calib_nb.quant.target import PROFILES, Profile, profile
 
 
-def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0, inputs=1):
+def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0):
+    """Conv, BatchNorm, ReLU, pooling, MatMul with drawn weights, as a file with input "input" and output "output"."""
     rng = np.random.default_rng(0)
     weights = {
         "w": rng.normal(0, 0.3, (8, 3, 3, 3)),
@@ -30,17 +32,13 @@ def network(path, *, opset=17, shape=(1, 3, 16, 16), bias=0.0, inputs=1):
         "v": rng.uniform(0.5, 2, 8),
         "f": rng.normal(0, 0.3, (8, 5)),
     }
-    names = ["input", *(f"more{k}" for k in range(1, inputs))]
-    nodes = [helper.make_node("Sum", names, ["x"])] if inputs > 1 else [helper.make_node("Identity", ["input"], ["x"])]
-    nodes += [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), helper.make_node("Relu", ["n"], ["r"]),
-              helper.make_node("GlobalAveragePool", ["r"], ["p"]), helper.make_node("Flatten", ["p"], ["h"]), helper.make_node("MatMul", ["h", "f"], ["output"])]  # fmt: skip
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in names]
-    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [shape[0], 5])
-    graph = helper.make_graph(
-        nodes, "g", values, [output], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
-    return path
+    text = """c = Conv (input, w)
+        n = BatchNormalization (c, g, b, m, v)
+        r = Relu (n)
+        p = GlobalAveragePool (r)
+        h = Flatten (p)
+        output = MatMul (h, f)"""
+    return build.network(text, inputs={"input": shape}, opset=opset, **weights).save(path)
 
 
 def scale(bgr):
@@ -48,7 +46,7 @@ def scale(bgr):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return list(np.random.default_rng(1).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
 
 
@@ -57,32 +55,32 @@ def model(tmp_path):
     return network(tmp_path / "float.onnx")
 
 
-def run(path, picture):
-    return open_session(path).run(None, {"input": scale(picture)})[0].ravel()
+def run(path, image):
+    return open_session(path).run(None, {"input": scale(image)})[0].ravel()
 
 
 @pytest.mark.parametrize("target", PROFILES)
 @pytest.mark.parametrize("method", RANGE_METHODS)
 @pytest.mark.parametrize("opset", [11, 17])
-def test_every_profile_and_method_comes_close_to_float(tmp_path, pictures, target, method, opset):
+def test_every_profile_and_method_comes_close_to_float(tmp_path, images, target, method, opset):
     model = network(tmp_path / "float.onnx", opset=opset)
     before = sha256_file(model)
     result = quantize_static(
-        model, pictures, scale, tmp_path / "int8.onnx", profile=target, method=method, progress=False
+        model, images, scale, tmp_path / "int8.onnx", profile=target, method=method, progress=False
     )
     assert sha256_file(model) == before
     assert read_contract(result.path).quantized and result.images == 12
     onnx.checker.check_model(str(result.path), full_check=True)
-    wanted, got = run(model, pictures[0]), run(result.path, pictures[0])
-    share = 0.1 if method in ("ema", "iqr") else 0.05  # these two leave the extremes of some photos out on purpose
-    assert np.abs(wanted - got).max() < share * np.abs(wanted).max()
+    expected, got = run(model, images[0]), run(result.path, images[0])
+    share = 0.1 if method in ("ema", "iqr") else 0.05  # these two leave the extremes of some images out on purpose
+    assert np.abs(expected - got).max() < share * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("target", PROFILES)
-def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
+def test_the_file_has_what_the_profile_says(tmp_path, model, images, target):
     facts = profile(target)
     proto = onnx.load(
-        quantize_static(model, pictures, scale, tmp_path / "int8.onnx", profile=target, progress=False).path
+        quantize_static(model, images, scale, tmp_path / "int8.onnx", profile=target, progress=False).path
     )
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     conv = next(n for n in proto.graph.node if n.op_type == "Conv")
@@ -101,48 +99,53 @@ def test_the_file_has_what_the_profile_says(tmp_path, model, pictures, target):
     )
 
 
-def test_minmax_is_the_range_that_was_seen(tmp_path, model, pictures):
-    proto = onnx.load(quantize_static(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path)
+def test_minmax_is_the_observed_range(tmp_path, model, images):
+    proto = onnx.load(quantize_static(model, images, scale, tmp_path / "int8.onnx", progress=False).path)
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     first = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
-    seen = np.stack([scale(p) for p in pictures])
-    assert np.isclose(values[first.input[1]], (max(seen.max(), 0) - min(seen.min(), 0)) / 255, rtol=1e-6)
+    x = np.stack([scale(p) for p in images])
+    assert np.isclose(values[first.input[1]], (max(x.max(), 0) - min(x.min(), 0)) / 255, rtol=1e-6)
 
 
-def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, pictures):
-    np.save(tmp_path / "pictures.npy", np.stack(pictures))
-    code = "import sys, numpy as np; sys.path.insert(0, sys.argv[3]); from test_quantize import quantize, scale; quantize(sys.argv[1], list(np.load(sys.argv[2])), scale, sys.argv[4], method='kl', progress=False)"
+def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, images):
+    np.save(tmp_path / "images.npy", np.stack(images))
+    code = """if True:
+        import sys, numpy as np
+        sys.path.insert(0, sys.argv[3])
+        from test_quantize import quantize_static, scale
+        images = list(np.load(sys.argv[2]))
+        quantize_static(sys.argv[1], images, scale, sys.argv[4], method="kl", progress=False)"""
     digests = set()
     for seed in ("1", "2"):
         output = tmp_path / f"{seed}.onnx"
-        command = [sys.executable, "-c", code, model, tmp_path / "pictures.npy", os.path.dirname(__file__), output]
+        command = [sys.executable, "-c", code, model, tmp_path / "images.npy", os.path.dirname(__file__), output]
         subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         digests.add(sha256_file(output))
     assert len(digests) == 1
 
 
-def test_history_is_in_the_file(tmp_path, model, pictures):
+def test_history_is_in_the_file(tmp_path, model, images):
     result = quantize_static(
-        model, pictures, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False
+        model, images, scale, tmp_path / "int8.onnx", profile="xnnpack", method="percentile", progress=False
     )
     history = read_history(result.path)
     assert history["profile"] == "xnnpack" and history["method"] == "percentile" and history["images"] == "12"
     assert (
-        history["images_sha256"] == images_digest(pictures)
+        history["images_sha256"] == images_digest(images)
         and history["model_sha256"] == sha256_file(model)
         and "onnxruntime" in history["versions"]
     )
 
 
-def test_paths_and_arrays_are_alike(tmp_path, model, pictures):
+def test_paths_and_arrays_are_alike(tmp_path, model, images):
     import cv2
 
     paths = [tmp_path / f"{k}.png" for k in range(12)]
-    for path, picture in zip(paths, pictures, strict=True):
-        cv2.imwrite(str(path), picture)
+    for path, image in zip(paths, images, strict=True):
+        cv2.imwrite(str(path), image)
     a, b = (
         onnx.load(quantize_static(model, images, scale, tmp_path / "int8.onnx", progress=False).path)
-        for images in (paths, pictures)
+        for images in (paths, images)
     )
     assert a.graph == b.graph
     (tmp_path / "0.png").write_bytes(b"")
@@ -158,76 +161,72 @@ def refuse(match, error, *arguments, **options):
     assert "\n" not in str(caught.value) and not output.exists()
 
 
-def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, pictures):
+def test_models_that_cannot_be_quantized_are_refused(tmp_path, model, images):
     out = tmp_path / "out.onnx"
-    int8 = quantize_static(model, pictures, scale, tmp_path / "int8.onnx", progress=False).path
-    refuse("already quantized", ModelError, int8, pictures, scale, out)
-    refuse("fix-batch", ModelError, network(tmp_path / "open.onnx", shape=("n", 3, 16, 16)), pictures, scale, out)
-    refuse("has 2 inputs", ModelError, network(tmp_path / "two.onnx", inputs=2), pictures, scale, out)
-    refuse("no such model", ModelError, tmp_path / "none.onnx", pictures, scale, out)
-    refuse("NaN|infinity", ModelError, network(tmp_path / "nan.onnx", bias=np.nan), pictures, scale, out)
+    int8 = quantize_static(model, images, scale, tmp_path / "int8.onnx", progress=False).path
+    refuse("already quantized", ModelError, int8, images, scale, out)
+    refuse("fix-batch", ModelError, network(tmp_path / "open.onnx", shape=("N", 3, 16, 16)), images, scale, out)
+    two = build.network("y = Add (a, b)", inputs={"a": (1, 3, 16, 16), "b": (1, 3, 16, 16)})
+    refuse("has 2 inputs", ModelError, two.save(tmp_path / "two.onnx"), images, scale, out)
+    refuse("no such model", ModelError, tmp_path / "none.onnx", images, scale, out)
+    refuse("NaN|infinity", ModelError, network(tmp_path / "nan.onnx", bias=np.nan), images, scale, out)
     (tmp_path / "text.onnx").write_text("hello")
-    refuse("text.onnx", ModelError, tmp_path / "text.onnx", pictures, scale, out)
+    refuse("text.onnx", ModelError, tmp_path / "text.onnx", images, scale, out)
     onnx.save(onnx.load(model), tmp_path / "external.onnx", save_as_external_data=True, size_threshold=0)
     assert (
-        quantize_static(tmp_path / "external.onnx", pictures, scale, tmp_path / "whole.onnx", progress=False).int8_share
+        quantize_static(tmp_path / "external.onnx", images, scale, tmp_path / "whole.onnx", progress=False).int8_share
         == 1
     )
-    relu = helper.make_graph(
-        [helper.make_node("Exp", ["input"], ["output"])],
-        "g",
-        *([helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 16])] for n in ("input", "output")),
-    )
-    onnx.save(helper.make_model(relu, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "exp.onnx")
-    refuse("no operator of exp.onnx can be quantized", ModelError, tmp_path / "exp.onnx", pictures, scale, out)
+    build.network("output = Exp (input)", inputs={"input": (1, 3, 16, 16)}).save(tmp_path / "exp.onnx")
+    refuse("no operator of exp.onnx can be quantized", ModelError, tmp_path / "exp.onnx", images, scale, out)
 
 
-def test_other_bad_input_is_refused(tmp_path, model, pictures):
+def test_other_bad_input_is_refused(tmp_path, model, images):
     out = tmp_path / "out.onnx"
-    refuse("did you mean 'minmax'", InputError, model, pictures, scale, out, method="min_max")
-    refuse("did you mean 'ort-cpu'", InputError, model, pictures, scale, out, profile="ort_cpu")
+    refuse("did you mean 'minmax'", InputError, model, images, scale, out, method="min_max")
+    refuse("did you mean 'ort-cpu'", InputError, model, images, scale, out, profile="ort_cpu")
     refuse("no calibration images", InputError, model, [], scale, out)
     refuse("no such image", InputError, model, ["nowhere.png"], scale, out)
     refuse(
         "gives float32 \\[1, 3, 8, 8\\]; expected float32 \\[1, 3, 16, 16\\]",
         InputError,
         model,
-        [p[:8, :8] for p in pictures],
+        [p[:8, :8] for p in images],
         scale,
         out,
     )
-    refuse("gives NaN", InputError, model, pictures, lambda p: scale(p) * np.float32(np.nan), out)
+    refuse("gives NaN", InputError, model, images, lambda p: scale(p) * np.float32(np.nan), out)
     refuse(
         "8 bits for both",
         InputError,
         model,
-        pictures,
+        images,
         scale,
         out,
         profile=Profile("four", True, True, False, False, weight_bits=4),
     )
     with pytest.raises(InputError, match="another file than the model"):
-        quantize_static(model, pictures, scale, model)
+        quantize_static(model, images, scale, model)
 
 
-def test_nothing_is_printed_and_logging_is_left_alone(tmp_path, model, pictures, capfd):
+def test_nothing_is_printed_and_logging_is_left_alone(tmp_path, model, images, capfd):
     root = logging.getLogger()
     before = (list(root.handlers), list(root.filters), root.level)
-    quantize_static(model, pictures, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
+    quantize_static(model, images, scale, tmp_path / "int8.onnx", method="percentile", progress=False)
     assert capfd.readouterr() == ("", "") and (list(root.handlers), list(root.filters), root.level) == before
 
 
-def test_a_kill_leaves_no_half_file(tmp_path, model, pictures):
-    np.save(tmp_path / "pictures.npy", np.stack(pictures))
+def test_a_kill_leaves_no_half_file(tmp_path, model, images):
+    np.save(tmp_path / "images.npy", np.stack(images))
     code = """if True:
         import sys, time, numpy as np
         sys.path.insert(0, sys.argv[3])
-        from test_quantize import quantize, scale
+        from test_quantize import quantize_static, scale
         def slow(bgr):
             print("fed", flush=True)
             time.sleep(0.2)
             return scale(bgr)
-        quantize(sys.argv[1], list(np.load(sys.argv[2])), slow, sys.argv[4], progress=False)"""
+        quantize_static(sys.argv[1], list(np.load(sys.argv[2])), slow, sys.argv[4], progress=False)"""
     folder = tmp_path / "out"
     folder.mkdir()
     process = subprocess.Popen(
@@ -236,7 +235,7 @@ def test_a_kill_leaves_no_half_file(tmp_path, model, pictures):
             "-c",
             code,
             str(model),
-            str(tmp_path / "pictures.npy"),
+            str(tmp_path / "images.npy"),
             os.path.dirname(__file__),
             str(folder / "int8.onnx"),
         ],
@@ -253,16 +252,16 @@ def test_real_face_models(real_data, tmp_path):
     from calib_nb.data.images import find_images
     from calib_nb.data.preprocess import preset
 
-    photos = [real_data / "lfw/images" / p for p in find_images(real_data / "lfw/images")[:10]]
+    faces = [real_data / "lfw/images" / p for p in find_images(real_data / "lfw/images")[:10]]
     edgeface = fix_batch(real_data / "models/edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
-    result = quantize_static(edgeface, photos, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
+    result = quantize_static(edgeface, faces, preset("edgeface"), tmp_path / "edgeface_int8.onnx", progress=False)
     assert result.size_mb < 0.4 * result.float_size_mb and "LayerNormalization" in {
         n.op_type for n in onnx.load(result.path).graph.node
     }
     yunet = real_data / "models/face_detection_yunet_2023mar.onnx"  # opset 11, uint8 preprocessing
     result = quantize_static(
         yunet,
-        photos,
+        faces,
         preset("yunet", size=(640, 640)),
         tmp_path / "yunet_int8.onnx",
         profile="per-tensor-npu",

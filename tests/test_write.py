@@ -6,12 +6,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.similarity import sqnr
+from calib_nb.graph.build import network
 from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.layers import activations, macs
 from calib_nb.graph.model import Graph, load_graph, open_graph, run
-from calib_nb.graph.simplify import activations, macs, simplify
+from calib_nb.graph.simplify import simplify
 from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, codes, kernel_rows, weight_grid
 from calib_nb.quant.target import PROFILES, Profile
 from calib_nb.quant.write import computing, int8_macs_share, int8_nodes, int8_operators, write_qdq
@@ -27,20 +29,12 @@ CPU, NPU, XNN = (PROFILES[k] for k in ("ort-cpu", "per-tensor-npu", "xnnpack"))
 names = pytest.mark.parametrize("target", EVERY, ids=lambda p: p.name)
 
 
-def build(nodes, constants, shape=(1, 4, 8, 8), outputs=("y",), opset=17):
-    """A Graph with input "x"; `nodes` are (operator, inputs, outputs, attributes), named after their operator and first output."""
-    tensors = [
-        numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k)
-        for k, v in constants.items()
-    ]
-    outs = [
-        onnx.ValueInfoProto(name=name, type=helper.make_tensor_type_proto(TensorProto.FLOAT, None)) for name in outputs
-    ]
-    made = [helper.make_node(op, i, o, name=f"{op}_{o[0]}", **k) for op, i, o, k in nodes]
-    graph = helper.make_graph(
-        made, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], outs, tensors
-    )
-    return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)).infer()
+def build(text, constants, shape=(1, 4, 8, 8), outputs=("y",), opset=17):
+    """A Graph with input "x" from ONNX's text, each node named after its operator and first output."""
+    graph = network(text, inputs={"x": shape}, outputs=outputs, opset=opset, **constants)
+    for node in graph.nodes:
+        node.name = f"{node.op_type}_{node.output[0]}"
+    return Graph(graph.model).infer()
 
 
 def noise(graph, count=4, seed=1):
@@ -48,10 +42,10 @@ def noise(graph, count=4, seed=1):
     return [rng.normal(0, 1, graph.shape(graph.inputs[0])).astype(np.float32) for _ in range(count)]
 
 
-def seen(graph, images):
+def observed(graph, images):
     """Min and max of everything that `activations` lists."""
-    wanted = [name for name in activations(graph) if name not in graph.inputs]
-    values = [{**run(graph, x, wanted), graph.inputs[0]: x} if wanted else {graph.inputs[0]: x} for x in images]
+    expected = [name for name in activations(graph) if name not in graph.inputs]
+    values = [{**run(graph, x, expected), graph.inputs[0]: x} if expected else {graph.inputs[0]: x} for x in images]
     return pd.DataFrame(
         {n: (min(v[n].min() for v in values), max(v[n].max() for v in values)) for n in activations(graph)},
         index=["low", "high"],
@@ -70,18 +64,14 @@ def simulated(graph, x):
 
 
 def answer(graph, x, target):
-    """The written network's outputs; of asymmetric weights, which kernels of older processors overflow on, what the nodes say."""
+    """The written network's outputs; of asymmetric weights (old kernels overflow on them), what the nodes say."""
     return run(graph, x) if target.weight_symmetric else simulated(graph, x)
-
-
-def noise_db(a, b):
-    return 10 * np.log10(np.square(a, dtype=np.float64).sum() / max(np.square(a - b, dtype=np.float64).sum(), 1e-30))
 
 
 # --- the grids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.floats(-1e30, 1e30), st.floats(0, 1e30), st.sampled_from(EVERY))
 def test_an_activation_grid_holds_its_range(low, width, target):
     high = low + width
@@ -113,7 +103,7 @@ def test_other_bits_are_refused():
         weight_grid(np.ones((2, 2)), 0, four)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.integers(0, 10**6),
     st.sampled_from(EVERY),
@@ -147,7 +137,7 @@ def test_weights_fit_and_no_neighbours_overflow(seed, target, channels, width, d
         ) >= -32768
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.floats(-6, 3), st.sampled_from(EVERY))
 def test_every_bias_fits_and_stays_exact(seed, decade, target):
     rng = np.random.default_rng(seed)
@@ -180,50 +170,98 @@ def test_the_scale_floor_of_a_tensor_is_the_largest():
 
 
 OPERATORS = {
-    "Conv": ([("Conv", ["x", "w", "b"], ["y"], {"pads": [1] * 4})], {"w": (6, 4, 3, 3), "b": (6,)}),
-    "Conv, no bias": ([("Conv", ["x", "w"], ["y"], {})], {"w": (6, 4, 1, 1)}),
-    "Conv, grouped": ([("Conv", ["x", "w", "b"], ["y"], {"group": 2})], {"w": (6, 2, 3, 3), "b": (6,)}),
-    "Conv, depthwise": ([("Conv", ["x", "w", "b"], ["y"], {"group": 4})], {"w": (4, 1, 3, 3), "b": (4,)}),
-    "Conv, depthwise x2": ([("Conv", ["x", "w", "b"], ["y"], {"group": 4})], {"w": (8, 1, 3, 3), "b": (8,)}),
-    "Conv, Relu": ([("Conv", ["x", "w", "b"], ["c"], {}), ("Relu", ["c"], ["y"], {})], {"w": (6, 4, 3, 3), "b": (6,)}),
-    "Conv, Relu6": ([("Conv", ["x", "w", "b"], ["c"], {}), ("Clip", ["c", "zero", "six"], ["y"], {})], {"w": (6, 4, 3, 3), "b": (6,), "zero": np.float32(0), "six": np.float32(6)}),
-    "Conv, PRelu": ([("Conv", ["x", "w", "b"], ["c"], {}), ("PRelu", ["c", "s"], ["y"], {})], {"w": (6, 4, 3, 3), "b": (6,), "s": (6, 1, 1)}),
-    "Conv, LeakyRelu, Conv": ([("Conv", ["x", "w", "b"], ["c"], {}), ("LeakyRelu", ["c"], ["l"], {"alpha": 0.1}), ("Conv", ["l", "v"], ["y"], {})], {"w": (6, 4, 3, 3), "b": (6,), "v": (2, 6, 1, 1)}),
-    "ConvTranspose": ([("ConvTranspose", ["x", "w", "b"], ["y"], {"strides": [2, 2]})], {"w": (4, 6, 2, 2), "b": (6,)}),
-    "ConvTranspose, grouped": ([("ConvTranspose", ["x", "w", "b"], ["y"], {"group": 2})], {"w": (4, 3, 2, 2), "b": (6,)}),
-    "Gemm": ([("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})], {"w": (10, 256), "b": (10,)}),
-    "Gemm, Relu": ([("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["g"], {}), ("Relu", ["g"], ["y"], {})], {"w": (256, 10), "b": (10,)}),
-    "MatMul": ([("MatMul", ["x", "w"], ["y"], {})], {"w": (8, 5)}),
-    "MatMul, bias": ([("MatMul", ["x", "w"], ["m"], {}), ("Add", ["b", "m"], ["y"], {})], {"w": (8, 5), "b": (5,)}),
-    "MatMul, bias, Relu": ([("MatMul", ["x", "w"], ["m"], {}), ("Add", ["m", "b"], ["a"], {}), ("Relu", ["a"], ["y"], {})], {"w": (8, 5), "b": (1, 1, 5)}),
-    "MatMul of two": ([("Transpose", ["x"], ["t"], {"perm": [0, 1, 3, 2]}), ("MatMul", ["x", "t"], ["m"], {}), ("Softmax", ["m"], ["y"], {"axis": -1})], {}),
-    "MatMul, constant first": ([("MatMul", ["w", "x"], ["y"], {})], {"w": (8, 8)}),
-    "Conv whose bias comes from the MatMul's kind of Add": ([("Conv", ["x", "w"], ["c"], {}), ("Add", ["c", "b"], ["y"], {})], {"w": (6, 4, 1, 1), "b": (1, 6, 1, 1)}),
-    "Add, Mul, Sub": ([("Add", ["x", "a"], ["p"], {}), ("Mul", ["p", "m"], ["q"], {}), ("Sub", ["q", "x"], ["y"], {})], {"a": (4, 1, 1), "m": (1, 4, 1, 1)}),
-    "constant of one": ([("Mul", ["x", "m"], ["p"], {}), ("Add", ["p", "a"], ["y"], {})], {"m": np.float32(-0.37), "a": np.float32(2.5)}),
-    "x with itself": ([("Mul", ["x", "x"], ["p"], {}), ("Add", ["p", "p"], ["y"], {})], {}),
-    "Div by a norm": ([("ReduceL2", ["x"], ["n"], {"axes": [1]}), ("Clip", ["n", "eps"], ["c"], {}), ("Div", ["x", "c"], ["y"], {})], {"eps": np.float32(1e-12)}),
-    "Concat": ([("Sigmoid", ["x"], ["s"], {}), ("Concat", ["x", "s", "k"], ["c"], {"axis": 1}), ("Conv", ["c", "w"], ["y"], {})], {"k": (1, 1, 8, 8), "w": (3, 9, 1, 1)}),
-    "Resize, nearest": ([("Resize", ["x", "", "scales"], ["y"], {"mode": "nearest"})], {"scales": np.array([1, 1, 2, 2], np.float32)}),
-    "Conv, Resize, linear, Conv": ([("Conv", ["x", "w"], ["c"], {}), ("Resize", ["c", "", "scales"], ["r"], {"mode": "linear"}), ("Conv", ["r", "v"], ["y"], {})], {"scales": np.array([1, 1, 2, 2], np.float32), "w": (4, 4, 1, 1), "v": (3, 4, 1, 1)}),
-    "Resize, cubic": ([("Resize", ["x", "", "scales"], ["y"], {"mode": "cubic"})], {"scales": np.array([1, 1, 2, 2], np.float32)}),
-    "pools": ([("Relu", ["x"], ["r"], {}), ("MaxPool", ["r"], ["m"], {"kernel_shape": [2, 2]}), ("AveragePool", ["m"], ["a"], {"kernel_shape": [2, 2]}), ("GlobalAveragePool", ["a"], ["y"], {})], {}),
-    "ReduceMean": ([("ReduceMean", ["x"], ["y"], {"axes": [2, 3]})], {}),
-    "Split, Slice, Pad": ([("Conv", ["x", "w"], ["c"], {}), ("Split", ["c", "sizes"], ["p", "q"], {"axis": 1}), ("Slice", ["q", "from", "to"], ["s"], {}), ("Pad", ["p", "pads"], ["d"], {}), ("Conv", ["d", "v"], ["e"], {}),
-                            ("Concat", ["e", "s"], ["y"], {"axis": 1})], {"w": (4, 4, 1, 1), "v": (3, 2, 3, 3), "sizes": np.array([2, 2]), "from": np.array([0, 0]), "to": np.array([1, 1]), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}),
-    "LayerNormalization": ([("LayerNormalization", ["x", "g", "b"], ["n"], {"axis": -1}), ("MatMul", ["n", "w"], ["y"], {})], {"g": (8,), "b": (8,), "w": (8, 5)}),
-    "residual": ([("Conv", ["x", "w"], ["c"], {}), ("Add", ["c", "x"], ["a"], {}), ("Relu", ["a"], ["r"], {}), ("Conv", ["r", "v"], ["d"], {}), ("Add", ["d", "r"], ["y"], {})], {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1)}),
-    "shuffle": ([("Conv", ["x", "w"], ["c"], {}), ("Reshape", ["c", "five"], ["f"], {}), ("Transpose", ["f"], ["t"], {"perm": [0, 2, 1, 3, 4]}), ("Reshape", ["t", "four"], ["r"], {}), ("Conv", ["r", "v"], ["d"], {}), ("Flatten", ["d"], ["y"], {})],
-                {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "five": np.array([1, 2, 2, 8, 8]), "four": np.array([1, 4, 8, 8])}),
-    "Gelu": ([("Gelu", ["x"], ["g"], {}), ("Conv", ["g", "w"], ["y"], {})], {"w": (4, 4, 1, 1)}),
-}  # fmt: skip
+    "Conv": ("y = Conv <pads = [1, 1, 1, 1]> (x, w, b)", {"w": (6, 4, 3, 3), "b": (6,)}),
+    "Conv, no bias": ("y = Conv (x, w)", {"w": (6, 4, 1, 1)}),
+    "Conv, grouped": ("y = Conv <group = 2> (x, w, b)", {"w": (6, 2, 3, 3), "b": (6,)}),
+    "Conv, depthwise": ("y = Conv <group = 4> (x, w, b)", {"w": (4, 1, 3, 3), "b": (4,)}),
+    "Conv, depthwise x2": ("y = Conv <group = 4> (x, w, b)", {"w": (8, 1, 3, 3), "b": (8,)}),
+    "Conv, Relu": ("c = Conv (x, w, b); y = Relu (c)", {"w": (6, 4, 3, 3), "b": (6,)}),
+    "Conv, Relu6": (
+        "c = Conv (x, w, b); y = Clip (c, zero, six)",
+        {"w": (6, 4, 3, 3), "b": (6,), "zero": 0.0, "six": 6.0},
+    ),
+    "Conv, PRelu": ("c = Conv (x, w, b); y = PRelu (c, s)", {"w": (6, 4, 3, 3), "b": (6,), "s": (6, 1, 1)}),
+    "Conv, LeakyRelu, Conv": (
+        "c = Conv (x, w, b); l = LeakyRelu <alpha = 0.1> (c); y = Conv (l, v)",
+        {"w": (6, 4, 3, 3), "b": (6,), "v": (2, 6, 1, 1)},
+    ),
+    "ConvTranspose": ("y = ConvTranspose <strides = [2, 2]> (x, w, b)", {"w": (4, 6, 2, 2), "b": (6,)}),
+    "ConvTranspose, grouped": ("y = ConvTranspose <group = 2> (x, w, b)", {"w": (4, 3, 2, 2), "b": (6,)}),
+    "Gemm": ("f = Flatten (x); y = Gemm <transB = 1> (f, w, b)", {"w": (10, 256), "b": (10,)}),
+    "Gemm, Relu": ("f = Flatten (x); g = Gemm (f, w, b); y = Relu (g)", {"w": (256, 10), "b": (10,)}),
+    "MatMul": ("y = MatMul (x, w)", {"w": (8, 5)}),
+    "MatMul, bias": ("m = MatMul (x, w); y = Add (b, m)", {"w": (8, 5), "b": (5,)}),
+    "MatMul, bias, Relu": ("m = MatMul (x, w); a = Add (m, b); y = Relu (a)", {"w": (8, 5), "b": (1, 1, 5)}),
+    "MatMul of two": ("t = Transpose <perm = [0, 1, 3, 2]> (x); m = MatMul (x, t); y = Softmax <axis = -1> (m)", {}),
+    "MatMul, constant first": ("y = MatMul (w, x)", {"w": (8, 8)}),
+    "Conv whose bias comes from the MatMul's kind of Add": (
+        "c = Conv (x, w); y = Add (c, b)",
+        {"w": (6, 4, 1, 1), "b": (1, 6, 1, 1)},
+    ),
+    "Add, Mul, Sub": ("p = Add (x, a); q = Mul (p, m); y = Sub (q, x)", {"a": (4, 1, 1), "m": (1, 4, 1, 1)}),
+    "constant of one": ("p = Mul (x, m); y = Add (p, a)", {"m": -0.37, "a": 2.5}),
+    "x with itself": ("p = Mul (x, x); y = Add (p, p)", {}),
+    "Div by a norm": ("n = ReduceL2 <axes = [1]> (x); c = Clip (n, eps); y = Div (x, c)", {"eps": 1e-12}),
+    "Concat": (
+        "s = Sigmoid (x); c = Concat <axis = 1> (x, s, k); y = Conv (c, w)",
+        {"k": (1, 1, 8, 8), "w": (3, 9, 1, 1)},
+    ),
+    "Resize, nearest": ('y = Resize <mode = "nearest"> (x, , scales)', {"scales": np.array([1, 1, 2, 2], np.float32)}),
+    "Conv, Resize, linear, Conv": (
+        'c = Conv (x, w); r = Resize <mode = "linear"> (c, , scales); y = Conv (r, v)',
+        {"scales": np.array([1, 1, 2, 2], np.float32), "w": (4, 4, 1, 1), "v": (3, 4, 1, 1)},
+    ),
+    "Resize, cubic": ('y = Resize <mode = "cubic"> (x, , scales)', {"scales": np.array([1, 1, 2, 2], np.float32)}),
+    "pools": (
+        "r = Relu (x); "
+        "m = MaxPool <kernel_shape = [2, 2]> (r); "
+        "a = AveragePool <kernel_shape = [2, 2]> (m); "
+        "y = GlobalAveragePool (a)",
+        {},
+    ),
+    "ReduceMean": ("y = ReduceMean <axes = [2, 3]> (x)", {}),
+    "Split, Slice, Pad": (
+        "c = Conv (x, w); "
+        "p, q = Split <axis = 1> (c, sizes); "
+        "s = Slice (q, from, to); "
+        "d = Pad (p, pads); "
+        "e = Conv (d, v); "
+        "y = Concat <axis = 1> (e, s)",
+        {
+            "w": (4, 4, 1, 1),
+            "v": (3, 2, 3, 3),
+            "sizes": np.array([2, 2]),
+            "from": np.array([0, 0]),
+            "to": np.array([1, 1]),
+            "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        },
+    ),
+    "LayerNormalization": (
+        "n = LayerNormalization <axis = -1> (x, g, b); y = MatMul (n, w)",
+        {"g": (8,), "b": (8,), "w": (8, 5)},
+    ),
+    "residual": (
+        "c = Conv (x, w); a = Add (c, x); r = Relu (a); d = Conv (r, v); y = Add (d, r)",
+        {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1)},
+    ),
+    "shuffle": (
+        "c = Conv (x, w); "
+        "f = Reshape (c, five); "
+        "t = Transpose <perm = [0, 2, 1, 3, 4]> (f); "
+        "r = Reshape (t, four); "
+        "d = Conv (r, v); "
+        "y = Flatten (d)",
+        {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "five": np.array([1, 2, 2, 8, 8]), "four": np.array([1, 4, 8, 8])},
+    ),
+    "Gelu": ("g = Gelu (x); y = Conv (g, w)", {"w": (4, 4, 1, 1)}),
+}
 
 
 def operator_graph(case):
-    nodes, constants = OPERATORS[case]
+    text, constants = OPERATORS[case]
     rng = np.random.default_rng(3)
     values = {k: rng.normal(0, 0.3, v).astype(np.float32) if isinstance(v, tuple) else v for k, v in constants.items()}
-    return build(nodes, values, opset=20 if case == "Gelu" else 17)
+    return build(text, values, opset=20 if case == "Gelu" else 17)
 
 
 @names
@@ -232,19 +270,19 @@ def test_every_operator_on_every_target(case, target):
     graph = operator_graph(case)
     before = graph.model.SerializeToString(deterministic=True)
     images = noise(graph)
-    int8 = checked(write_qdq(graph, seen(graph, images), target))
+    int8 = checked(write_qdq(graph, observed(graph, images), target))
     assert graph.model.SerializeToString(deterministic=True) == before
     assert (
         int8.outputs == graph.outputs
         and int8.inputs == graph.inputs
-        and set(computing(graph, seen(graph, images))) <= {n.name for n in int8.nodes}
+        and set(computing(graph, observed(graph, images))) <= {n.name for n in int8.nodes}
     )
     for x in images[:2]:
-        wanted, told, got = run(graph, x)["y"], simulated(int8, x)["y"], answer(int8, x, target)["y"]
-        assert got.dtype == np.float32 and got.shape == wanted.shape and np.isfinite(got).all()
-        assert noise_db(wanted, got) > 17
+        expected, simulation, got = run(graph, x)["y"], simulated(int8, x)["y"], answer(int8, x, target)["y"]
+        assert got.dtype == np.float32 and got.shape == expected.shape and np.isfinite(got).all()
+        assert sqnr(expected, got) > 17
         assert (
-            noise_db(told, got) > 30 or case == "Resize, cubic"
+            sqnr(simulation, got) > 30 or case == "Resize, cubic"
         )  # integer kernels say what the nodes say, but for a step here and there
 
 
@@ -252,7 +290,7 @@ def test_every_operator_on_every_target(case, target):
 @pytest.mark.parametrize("case", OPERATORS)
 def test_pairs_stand_as_kernels_expect_them(case, target):
     graph = operator_graph(case)
-    int8 = write_qdq(graph, seen(graph, noise(graph)), target)
+    int8 = write_qdq(graph, observed(graph, noise(graph)), target)
     for n in int8.nodes:
         if n.op_type == "DequantizeLinear":
             readers = int8.consumers(n.output[0])
@@ -270,6 +308,9 @@ def test_pairs_stand_as_kernels_expect_them(case, target):
     assert sum(n.op_type == "QuantizeLinear" for n in int8.nodes) == len(
         {n.input[0] for n in int8.nodes if n.op_type == "QuantizeLinear"}
     )
+
+
+GEMM = "f = Flatten (x); y = Gemm <transB = 1> (f, w, b)"
 
 
 def oracle(graph, ranges, target, x):
@@ -295,42 +336,30 @@ def oracle(graph, ranges, target, x):
 def test_against_integer_arithmetic_by_hand(case, target):
     rng = np.random.default_rng(5)
     if case == "Gemm":
-        graph = build(
-            [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
-            {"w": rng.normal(0, 1, (7, 256)), "b": rng.normal(0, 9, 7)},
-        )
+        graph = build(GEMM, {"w": rng.normal(0, 1, (7, 256)), "b": rng.normal(0, 9, 7)})
     else:
-        graph = build(
-            [("Conv", ["x", "w", "b"], ["c"], {}), ("Relu", ["c"], ["y"], {})],
-            {"w": rng.normal(0, 1, (7, 4, 1, 1)), "b": rng.normal(0, 1, 7)},
-        )
+        constants = {"w": rng.normal(0, 1, (7, 4, 1, 1)), "b": rng.normal(0, 1, 7)}
+        graph = build("c = Conv (x, w, b); y = Relu (c)", constants)
     images = noise(graph)
-    table = seen(graph, images)
+    table = observed(graph, images)
     int8 = write_qdq(graph, table, target)
     for x in [*images, images[0] * 3]:  # the last one beyond the range
-        wanted, allowed = oracle(graph, table, target, x)
-        assert np.abs(simulated(int8, x)["y"] - wanted).max() <= allowed
+        expected, allowed = oracle(graph, table, target, x)
+        assert np.abs(simulated(int8, x)["y"] - expected).max() <= allowed
         if target.weight_symmetric:
-            assert np.abs(run(int8, x)["y"] - wanted).max() <= allowed
+            assert np.abs(run(int8, x)["y"] - expected).max() <= allowed
 
 
 def test_neighbours_of_full_size_do_not_saturate():
     """All weights and activations at their largest, where 16 bits overflow in an unprotected file."""
-    graph = build(
-        [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
-        {"w": np.linspace(0.9, 1, 512).reshape(2, 256), "b": np.zeros(2)},
-    )
+    graph = build(GEMM, {"w": np.linspace(0.9, 1, 512).reshape(2, 256), "b": np.zeros(2)})
     x = np.ones((1, 4, 8, 8), np.float32)
-    got = run(write_qdq(graph, seen(graph, [x]), CPU), x)["y"]
+    got = run(write_qdq(graph, observed(graph, [x]), CPU), x)["y"]
     assert np.allclose(got, run(graph, x)["y"], rtol=0.01)
 
 
 def test_numbers_of_a_tiny_layer():
-    graph = build(
-        [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w", "b"], ["y"], {"transB": 1})],
-        {"w": np.array([[1.27, -0.5]]), "b": np.array([0.3])},
-        (1, 2),
-    )
+    graph = build(GEMM, {"w": np.array([[1.27, -0.5]]), "b": np.array([0.3])}, (1, 2))
     int8 = write_qdq(graph, pd.DataFrame({"low": [-1.0], "high": [1.55]}, index=["x"]), CPU)
     assert float(int8.constant("f_scale")) == np.float32(0.01) and int(int8.constant("f_zero_point")) == 100
     assert (
@@ -342,55 +371,51 @@ def test_numbers_of_a_tiny_layer():
 
 
 def test_shared_weights_are_stored_once_and_read_apart():
-    graph = build(
-        [("Conv", ["x", "w"], ["a"], {}), ("Conv", ["a", "w"], ["b"], {}), ("Add", ["a", "b"], ["y"], {})],
-        {"w": np.random.default_rng(0).normal(0, 0.4, (4, 4, 1, 1))},
-    )
-    int8 = checked(write_qdq(graph, seen(graph, noise(graph)), CPU))
+    weights = np.random.default_rng(0).normal(0, 0.4, (4, 4, 1, 1))
+    graph = build("a = Conv (x, w); b = Conv (a, w); y = Add (a, b)", {"w": weights})
+    int8 = checked(write_qdq(graph, observed(graph, noise(graph)), CPU))
     assert sum(name.startswith("w") and name.endswith("codes") for name in int8.constants) == 1
     assert int8_nodes(int8) == ["Conv_a", "Conv_b"] and "w" not in int8.constants
-    half = write_qdq(graph, seen(graph, noise(graph)), CPU, only=["Conv_b"])
+    half = write_qdq(graph, observed(graph, noise(graph)), CPU, only=["Conv_b"])
     assert int8_nodes(half) == ["Conv_b"] and "w" in half.constants
 
 
 @names
 def test_outputs_read_inside_keep_name_and_type(target):
     rng = np.random.default_rng(0)
-    nodes = [
-        ("Conv", ["x", "w"], ["one"], {}),
-        ("Relu", ["one"], ["two"], {}),
-        ("Conv", ["two", "v"], ["c"], {}),
-        ("Transpose", ["c"], ["three"], {"perm": [0, 2, 3, 1]}),
-        ("Sigmoid", ["two"], ["four"], {}),
-    ]
+    text = """one = Conv (x, w)
+        two = Relu (one)
+        c = Conv (two, v)
+        three = Transpose <perm = [0, 2, 3, 1]> (c)
+        four = Sigmoid (two)"""
     graph = build(
-        nodes,
+        text,
         {"w": rng.normal(0, 0.4, (4, 4, 1, 1)), "v": rng.normal(0, 0.4, (3, 4, 1, 1))},
         outputs=("one", "two", "three", "four"),
     )
     images = noise(graph)
-    int8 = checked(write_qdq(graph, seen(graph, images), target))
+    int8 = checked(write_qdq(graph, observed(graph, images), target))
     before, after = run(graph, images[0]), answer(int8, images[0], target)
     assert list(after) == list(before)
     assert all(
-        v.dtype == np.float32 and v.shape == before[k].shape and noise_db(before[k], v) > 25 for k, v in after.items()
+        v.dtype == np.float32 and v.shape == before[k].shape and sqnr(before[k], v) > 25 for k, v in after.items()
     )
 
 
-def test_floats_only_and_what_is_wrong_with_them():
+def test_float_nodes_and_only_and_what_is_wrong_with_them():
     graph = operator_graph("residual")
-    table = seen(graph, noise(graph))
+    table = observed(graph, noise(graph))
     names = computing(graph, table)
     assert names == ["Conv_c", "Add_a", "Conv_d", "Add_y"]
     assert (
         int8_macs_share(graph, write_qdq(graph, table, CPU)) == 1
-        and int8_macs_share(graph, write_qdq(graph, table, CPU, floats=["Conv_c"])) == 0.5
+        and int8_macs_share(graph, write_qdq(graph, table, CPU, float_nodes=["Conv_c"])) == 0.5
     )
-    assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, floats=names).nodes)
+    assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, float_nodes=names).nodes)
     assert not any(n.op_type == "QuantizeLinear" for n in write_qdq(graph, table, NPU, only=[]).nodes)
     alone = write_qdq(graph, table, NPU, only=["Relu_r"])  # stands for the Add in front of it
     assert sum(n.op_type == "QuantizeLinear" for n in alone.nodes) == 3 and int8_nodes(alone) == []
-    for wrong in ({"floats": ["Conv_e"]}, {"only": ["Conv_e"]}):
+    for wrong in ({"float_nodes": ["Conv_e"]}, {"only": ["Conv_e"]}):
         with pytest.raises(InputError, match="no node 'Conv_e'.*Conv_"):
             write_qdq(graph, table, CPU, **wrong)
     with pytest.raises(InputError, match="no range for tensor 'r'"):
@@ -402,37 +427,38 @@ def test_floats_only_and_what_is_wrong_with_them():
 
 
 FLOAT_LAYERS = {
-    "Conv": [("Conv", ["a", "v"], ["m"], {})],
-    "Conv, bias": [("Conv", ["a", "v", "b"], ["m"], {})],
-    "Conv, Relu": [("Conv", ["a", "v", "b"], ["c"], {}), ("Relu", ["c"], ["m"], {})],
-    "Conv, Relu6": [("Conv", ["a", "v", "b"], ["c"], {}), ("Clip", ["c", "zero", "six"], ["m"], {})],
-    "ConvTranspose": [("ConvTranspose", ["a", "v"], ["m"], {})],
-    "Gemm": [
-        ("Flatten", ["a"], ["f"], {}),
-        ("Gemm", ["f", "g", "h"], ["n"], {"transB": 1}),
-        ("Reshape", ["n", "shape"], ["m"], {}),
-    ],
-    "Gemm, no bias": [
-        ("Flatten", ["a"], ["f"], {}),
-        ("Gemm", ["f", "g"], ["n"], {}),
-        ("Reshape", ["n", "shape"], ["m"], {}),
-    ],
+    "Conv": "m = Conv (a, v)",
+    "Conv, bias": "m = Conv (a, v, b)",
+    "Conv, Relu": "c = Conv (a, v, b); m = Relu (c)",
+    "Conv, Relu6": "c = Conv (a, v, b); m = Clip (c, zero, six)",
+    "ConvTranspose": "m = ConvTranspose (a, v)",
+    "Gemm": "f = Flatten (a); n = Gemm <transB = 1> (f, g, h); m = Reshape (n, shape)",
+    "Gemm, no bias": "f = Flatten (a); n = Gemm (f, g); m = Reshape (n, shape)",
 }
 
 
 @pytest.mark.parametrize("case", FLOAT_LAYERS)
 def test_a_float_layer_between_codes_stays_float(case):
-    """ONNX Runtime quantizes the weights of a Conv, ConvTranspose or Gemm between a DQ and a Q by itself where it can."""
+    """ONNX Runtime quantizes weights of a Conv, ConvTranspose or Gemm between a DQ and a Q by itself where it can."""
     rng = np.random.default_rng(0)
-    constants = {"w": rng.normal(0, 0.4, (4, 4, 1, 1)), "v": rng.normal(0, 0.4, (4, 4, 1, 1)) * 10.0 ** np.arange(-3, 1).reshape(4, 1, 1, 1), "b": rng.normal(0, 0.1, 4), "g": rng.normal(0, 0.1, (256, 256)), "h": rng.normal(0, 1, 256),
-                 "shape": np.array([1, 4, 8, 8]), "zero": np.float32(0), "six": np.float32(6)}  # fmt: skip
-    graph = build([("Conv", ["x", "w"], ["a"], {}), *FLOAT_LAYERS[case], ("Conv", ["m", "w"], ["y"], {})], constants)
+    size = 10.0 ** np.arange(-3, 1).reshape(4, 1, 1, 1)
+    constants = {
+        "w": rng.normal(0, 0.4, (4, 4, 1, 1)),
+        "v": rng.normal(0, 0.4, (4, 4, 1, 1)) * size,
+        "b": rng.normal(0, 0.1, 4),
+        "g": rng.normal(0, 0.1, (256, 256)),
+        "h": rng.normal(0, 1, 256),
+        "shape": np.array([1, 4, 8, 8]),
+        "zero": 0.0,
+        "six": 6.0,
+    }
+    graph = build(f"a = Conv (x, w); {FLOAT_LAYERS[case]}; y = Conv (m, w)", constants)
     images = noise(graph)
     kept = next(n.name for n in graph.nodes if n.name.startswith(case.split(",")[0]) and n.name != "Conv_a")
-    int8 = checked(write_qdq(graph, seen(graph, images), CPU, floats=[kept]))
+    int8 = checked(write_qdq(graph, observed(graph, images), CPU, float_nodes=[kept]))
     assert (
         int8_nodes(int8) == ["Conv_a", "Conv_y"]
-        and noise_db(simulated(int8, images[0])["y"], run(int8, images[0])["y"]) > 45
+        and sqnr(simulated(int8, images[0])["y"], run(int8, images[0])["y"]) > 45
     )
 
 
@@ -449,7 +475,7 @@ def test_operators_per_target():
         "Gemm",
         "MatMul",
     )
-    table = seen(normal, noise(normal))
+    table = observed(normal, noise(normal))
     assert not any(
         n.op_type == "QuantizeLinear" and n.input[0] in ("x", "y") for n in write_qdq(normal, table, CPU).nodes
     )
@@ -457,7 +483,7 @@ def test_operators_per_target():
     for target in EVERY:
         for case in OPERATORS:
             graph = operator_graph(case)
-            int8 = write_qdq(graph, seen(graph, noise(graph, 1)), target)
+            int8 = write_qdq(graph, observed(graph, noise(graph, 1)), target)
             made = {o: n.op_type for n in int8.nodes for o in n.output}
             assert not any(
                 made.get(i) == "DequantizeLinear" and int8.producer(i).input[0] in int8.constants
@@ -469,7 +495,7 @@ def test_operators_per_target():
 
 def test_codes_are_handed_on_with_one_grid():
     graph = operator_graph("shuffle")
-    int8 = write_qdq(graph, seen(graph, noise(graph)), NPU)
+    int8 = write_qdq(graph, observed(graph, noise(graph)), NPU)
     scales = {
         n.input[0]: (float(int8.constant(n.input[1])), int(int8.constant(n.input[2])))
         for n in int8.nodes
@@ -479,73 +505,59 @@ def test_codes_are_handed_on_with_one_grid():
 
 
 def test_a_divisor_is_never_rounded_to_zero():
-    graph = build([("Sigmoid", ["x"], ["s"], {}), ("Div", ["x", "s"], ["y"], {})], {})
+    graph = build("s = Sigmoid (x); y = Div (x, s)", {})
     x = np.full((1, 4, 8, 8), -9, np.float32)
     table = pd.DataFrame({"low": [-9.0, 0.0, -2e5], "high": [9.0, 1.0, 9.0]}, index=["x", "s", "y"])
     assert np.isfinite(run(write_qdq(graph, table, NPU), x)["y"]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(EVERY))
 def test_random_networks(seed, target):
-    """Chains with branches, pools and shared inputs, some of their nodes in float: valid, finite, near the float answer."""
+    """Chains with branches, pools and shared inputs, some of their nodes in float: valid, finite, near float."""
     rng = np.random.default_rng(seed)
-    nodes, constants, made, channels = [], {}, ["x"], 4
+    lines, constants, tensors, channels = [], {}, ["x"], 4
+    operators = ["Conv", "Relu", "Add", "Mul", "Sigmoid", "Concat", "MaxPool", "Transpose", "LeakyRelu", "Clip"]
     for k in range(rng.integers(2, 8)):
-        op, source, out = (
-            rng.choice(
-                ["Conv", "Relu", "Add", "Mul", "Sigmoid", "Concat", "MaxPool", "Transpose", "LeakyRelu", "Clip"]
-            ),
-            str(rng.choice(made[-3:])),
-            f"t{k}",
-        )
+        op, source, out = rng.choice(operators), str(rng.choice(tensors[-3:])), f"t{k}"
         if op == "Conv":
-            constants |= {
-                f"w{k}": rng.normal(0, 0.4, (channels, channels, 1, 1)),
-                f"b{k}": rng.normal(0, 0.1, channels),
-            }
-            nodes.append((op, [source, f"w{k}", f"b{k}"], [out], {}))
+            constants[f"w{k}"] = rng.normal(0, 0.4, (channels, channels, 1, 1))
+            constants[f"b{k}"] = rng.normal(0, 0.1, channels)
+            lines.append(f"{out} = Conv ({source}, w{k}, b{k})")
         elif op in ("Add", "Mul"):
-            nodes.append((op, [source, str(rng.choice(made))], [out], {}))
+            lines.append(f"{out} = {op} ({source}, {rng.choice(tensors)})")
         elif op == "Concat":
             constants[f"v{k}"] = rng.normal(0, 0.3, (channels, 2 * channels, 1, 1))
-            nodes += [
-                (op, [source, str(rng.choice(made))], [f"c{k}"], {"axis": 1}),
-                ("Conv", [f"c{k}", f"v{k}"], [out], {}),
-            ]
+            lines += [f"c{k} = Concat <axis = 1> ({source}, {rng.choice(tensors)})", f"{out} = Conv (c{k}, v{k})"]
         elif op == "Clip":
-            constants |= {f"lo{k}": np.float32(-1), f"hi{k}": np.float32(rng.choice([1, 100]))}
-            nodes.append((op, [source, f"lo{k}", f"hi{k}"], [out], {}))
+            constants |= {f"lo{k}": -1.0, f"hi{k}": float(rng.choice([1, 100]))}
+            lines.append(f"{out} = Clip ({source}, lo{k}, hi{k})")
         else:
-            nodes.append(
-                (
-                    op,
-                    [source],
-                    [out],
-                    {"MaxPool": {"kernel_shape": [3, 3], "pads": [1] * 4}, "Transpose": {"perm": [0, 1, 3, 2]}}.get(
-                        op, {}
-                    ),
-                )
-            )
-        made.append(out)
-    outputs = tuple(dict.fromkeys([made[-1], str(rng.choice(made[1:]))]))
-    graph = build(nodes, constants, outputs=outputs)
+            attributes = {
+                "MaxPool": "<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>",
+                "Transpose": "<perm = [0, 1, 3, 2]>",
+            }
+            lines.append(f"{out} = {op} {attributes.get(op, '')} ({source})")
+        tensors.append(out)
+    outputs = tuple(dict.fromkeys([tensors[-1], str(rng.choice(tensors[1:]))]))
+    graph = build("\n".join(lines), constants, outputs=outputs)
     images = noise(graph, 2, seed)
-    table = seen(graph, images)
+    table = observed(graph, images)
     names = computing(graph, table)
-    int8 = checked(write_qdq(graph, table, target, floats=[n for n in names if rng.random() < 0.3]))
-    before, after, told = run(graph, images[0]), answer(int8, images[0], target), simulated(int8, images[0])
+    int8 = checked(write_qdq(graph, table, target, float_nodes=[n for n in names if rng.random() < 0.3]))
+    before, after, simulation = run(graph, images[0]), answer(int8, images[0], target), simulated(int8, images[0])
     assert all(
-        np.isfinite(after[k]).all() and after[k].shape == before[k].shape and noise_db(before[k], after[k]) > 10
+        np.isfinite(after[k]).all() and after[k].shape == before[k].shape and sqnr(before[k], after[k]) > 10
         for k in outputs
     )
-    assert all(noise_db(told[k], after[k]) > 20 for k in outputs)
+    assert all(sqnr(simulation[k], after[k]) > 20 for k in outputs)
 
 
 # --- real networks
 
 
-# least mean cosine of any output to float: on the NPU and xnnpack, on ort-cpu; least mean cosine of integer kernels to what the nodes say (EdgeFace: one code that rounds the other way is blown up by its residual stream)
+# Least mean cosine of any output to float: on the NPU and xnnpack, on ort-cpu; least mean cosine of integer kernels to
+# what the nodes say (EdgeFace: its residual stream amplifies one code that rounds the other way).
 REAL = {
     "face_detection_yunet_2023mar": (0.94, 0.96, 0.99),
     "edgeface_xxs_q_dequant": (0.3, 0.9, 0.7),
@@ -567,13 +579,13 @@ def test_real_networks(name, real_data, tmp_path):
     _, _, height, width = graph.shape(graph.inputs[0])
     offset, divisor = (0, 1) if "yunet" in name else (0, 255) if name.startswith(("Fast", "rt")) else (127.5, 127.5)
     folder = real_data / "lfw" / "images"
-    photos = [folder / p for p in find_images(folder)[::400][:10]]
+    files = [folder / p for p in find_images(folder)[::400][:10]]
 
     def preprocess(bgr):
         return ((cv2.resize(bgr, (width, height)).astype(np.float32) - offset) / divisor).transpose(2, 0, 1)[None]
 
-    table = ranges(observe(graph, photos, preprocess, progress=False), "minmax")
-    xs = [preprocess(decode(p)) for p in photos[:3]]
+    table = ranges(observe(graph, files, preprocess, progress=False), "minmax")
+    xs = [preprocess(decode(p)) for p in files[:3]]
     npu, cpu, same = REAL[name]
     for target in PROFILES.values():
         int8 = write_qdq(graph, table, target)
@@ -581,9 +593,9 @@ def test_real_networks(name, real_data, tmp_path):
         assert int8_macs_share(graph, int8) == 1 and path.stat().st_size < 0.65 * graph.model.ByteSize()
         likeness, kernels = [], []
         for x in xs:
-            wanted, told, got = run(graph, x), simulated(int8, x), run(int8, x)
-            for k, v in wanted.items():
-                a, b, c = (t.ravel().astype(np.float64) for t in (v, got[k], told[k]))
+            expected, simulation, got = run(graph, x), simulated(int8, x), run(int8, x)
+            for k, v in expected.items():
+                a, b, c = (t.ravel().astype(np.float64) for t in (v, got[k], simulation[k]))
                 likeness.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
                 kernels.append(b @ c / np.linalg.norm(b) / np.linalg.norm(c))
         floor = cpu if target is CPU else npu
