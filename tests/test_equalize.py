@@ -1,19 +1,22 @@
-"""Repairs: exact where they promise it, on made and on real graphs; measured where they do not."""
+"""Repairs: exact where they promise it, on drawn and on real graphs; measured where they do not."""
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from calib_nb.core.errors import InputError
+from calib_nb.graph.build import network
 from calib_nb.graph.contract import fix_batch
-from calib_nb.graph.model import Graph, load_graph, run
-from calib_nb.graph.simplify import get_bias, get_weight, layers, simplify
-from calib_nb.quant.adaround import adaround
-from calib_nb.quant.bias_clip import bound_ranges, clip_ranges, correct_bias
-from calib_nb.quant.equalize import absorb_bias, channel_groups, equal_factors, equalize, rescale
+from calib_nb.graph.layers import get_bias, get_weight, layers, set_bias, set_weight
+from calib_nb.graph.model import load_graph, run
+from calib_nb.graph.simplify import simplify
+from calib_nb.quant.adaround import RoundingOptions, adaround
+from calib_nb.quant.bias_clip import absorb_bias, bound_ranges, clip_ranges, correct_bias
+from calib_nb.quant.equalize import channel_groups, equal_factors, equalize, rescale
 from calib_nb.quant.stats import collect
 from calib_nb.quant.weights import (
     channel_statistics,
@@ -25,20 +28,8 @@ from calib_nb.quant.weights import (
     weight_table,
 )
 
-node = helper.make_node
-
-
-def build(nodes, constants, shape, output="y"):
-    """A Graph with input "x" of `shape` and one output, its shapes inferred."""
-    tensors = [
-        numpy_helper.from_array(np.asarray(v, None if np.asarray(v).dtype.kind in "iub" else np.float32), k)
-        for k, v in constants.items()
-    ]
-    out = onnx.ValueInfoProto(name=output, type=helper.make_tensor_type_proto(TensorProto.FLOAT, None))
-    graph = helper.make_graph(
-        nodes, "made", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], [out], tensors
-    )
-    return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)).infer()
+EPS = float(np.finfo(np.float32).eps)
+FEW = RoundingOptions(iterations=150, rows=512)
 
 
 def noise(graph, count=1, seed=7):
@@ -53,6 +44,29 @@ def change(before, after, images=None):
         a, b = run(before, x), run(after, x)
         worst = max([worst, *(np.abs(a[k] - b[k]).max() / max(np.abs(a[k]).max(), 1e-12) for k in a)])
     return worst
+
+
+def float32_error(graph, images=None, copies=3):
+    """What float32 cannot tell apart on this graph and this processor: the `change` when each weight moves by one unit.
+
+    Weights and biases move up or down in their last place. A rescaled graph differs from its original by no more
+    than the rounding of each weight and another rounding of each sum, which such copies have as well.
+    """
+    worst = EPS
+    for seed in range(copies):
+        moved, rng = graph.copy(), np.random.default_rng(seed)
+        for layer in layers(moved):
+            for get, put in ((get_weight, set_weight), (get_bias, set_bias)):
+                value = get(moved, layer)
+                if value.any():
+                    put(moved, layer, value * (1 + EPS * rng.choice([-1, 1], value.shape)).astype(np.float32))
+        worst = max(worst, change(graph, moved, images))
+    return worst
+
+
+def agrees(before, after, images=None):
+    """Whether two graphs compute the same, up to a few times what float32 cannot tell apart."""
+    return change(before, after, images) <= 10 * float32_error(before, images)
 
 
 def sizes(rng, n, decades=2.0):
@@ -73,7 +87,7 @@ MODELS = [
 # --- the grid
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from([None, 0, 1]), st.booleans(), st.sampled_from([4, 8]))
 def test_rounding_against_torch(seed, axis, symmetric, bits):
     import torch
@@ -82,30 +96,31 @@ def test_rounding_against_torch(seed, axis, symmetric, bits):
     w = (rng.normal(0, 1, (5, 7)) * sizes(rng, 5)[:, None]).astype(np.float32)
     scale, zero = weight_scale(w, axis, symmetric=symmetric, bits=bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    tensor = torch.from_numpy(w)
     if axis is None:
-        wanted = torch.fake_quantize_per_tensor_affine(
-            torch.from_numpy(w), float(scale.ravel()[0]), int(zero.ravel()[0]), low, high
-        ).numpy()
+        step, point = float(scale.ravel()[0]), int(zero.ravel()[0])
+        wanted = torch.fake_quantize_per_tensor_affine(tensor, step, point, low, high).numpy()
     else:
         s, z = torch.from_numpy(scale.ravel().astype(np.float32)), torch.from_numpy(zero.ravel().astype(np.int32))
-        wanted = torch.fake_quantize_per_channel_affine(torch.from_numpy(w), s, z, axis, low, high).numpy()
+        wanted = torch.fake_quantize_per_channel_affine(tensor, s, z, axis, low, high).numpy()
     got = fake_quantize_weight(w, axis, symmetric=symmetric, bits=bits)
-    assert (
-        np.isclose(got, wanted, rtol=1e-5, atol=1e-6 * np.abs(w).max()).mean() > 0.97
-    )  # torch rounds in float32: ties may fall otherwise
-    assert (np.abs(got - w) <= scale * (0.5 if symmetric else 1.0) + 1e-6).all()
+    # torch divides in float32: what lies within its rounding of the middle between two levels may go either way
+    levels = np.abs(w / scale)
+    tie = np.abs(levels % 1 - 0.5) <= 4 * EPS * (levels + np.abs(zero) + 1)
+    assert (np.isclose(got, wanted, rtol=4 * EPS, atol=4 * EPS * np.abs(w).max()) | tie).all()
+    assert (np.abs(got - w) <= scale * (0.5 if symmetric else 1.0) + 4 * EPS * np.abs(w).max()).all()
     again = fake_quantize_weight(got, axis, symmetric=True, bits=bits)
-    assert not symmetric or np.allclose(again, got, atol=1e-6 * np.abs(w).max())
+    assert not symmetric or np.allclose(again, got, rtol=0, atol=8 * EPS * np.abs(w).max())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 300), st.floats(2**-20, 2**10, width=32))
 def test_a_grid_in_use_is_found_and_kept(seed, n, step):
     rng = np.random.default_rng(seed)
     levels = rng.integers(-128, 128, n)
     w = levels.astype(np.float32) * np.float32(step)
-    assert np.allclose(fake_quantize_weight(w), w, rtol=1e-5)
-    assert len(set(levels)) < 2 or np.isclose(grid_step(w), np.gcd.reduce(levels) * step, rtol=1e-4)
+    assert np.allclose(fake_quantize_weight(w), w, rtol=8 * EPS)
+    assert len(set(levels)) < 2 or np.isclose(grid_step(w), np.gcd.reduce(levels) * step, rtol=8 * EPS)
 
 
 def test_no_grid_is_invented():
@@ -119,109 +134,112 @@ def test_no_grid_is_invented():
 # --- equalization
 
 
+POOL = "<kernel_shape = [3, 3], strides = [1, 1], pads = [1, 1, 1, 1]>"
+SUM_POOL = POOL.replace(">", ", count_include_pad = 1>")
+# operator, further inputs, attributes; and the constants for c channels
 ACTIVATIONS = {
-    "Relu": lambda c: ([("Relu", [], {})], {}),
-    "LeakyRelu": lambda c: ([("LeakyRelu", [], {"alpha": 0.1})], {}),
-    "PRelu": lambda c: ([("PRelu", ["slope"], {})], {"slope": np.linspace(-0.3, 0.8, c).reshape(c, 1, 1)}),
-    "Relu6": lambda c: ([("Clip", ["lo", "hi"], {})], {"lo": 0.0, "hi": 6.0}),
-    "Hardtanh": lambda c: ([("Clip", ["lo", "hi"], {})], {"lo": -1.0, "hi": 1.0}),
-    "lower": lambda c: ([("Clip", ["lo"], {})], {"lo": -0.5}),
-    "upper": lambda c: ([("Clip", ["", "hi"], {})], {"hi": 1.0}),
-    "Relu, Min": lambda c: (
-        [("Relu", [], {}), ("Min", ["bound"], {})],
-        {"bound": np.linspace(0.5, 3, c).reshape(1, c, 1, 1)},
+    "Relu": ([("Relu", "", "")], lambda c: {}),
+    "LeakyRelu": ([("LeakyRelu", "", "<alpha = 0.1>")], lambda c: {}),
+    "PRelu": ([("PRelu", "slope", "")], lambda c: {"slope": np.linspace(-0.3, 0.8, c).reshape(c, 1, 1)}),
+    "Relu6": ([("Clip", "lo hi", "")], lambda c: {"lo": 0.0, "hi": 6.0}),
+    "Hardtanh": ([("Clip", "lo hi", "")], lambda c: {"lo": -1.0, "hi": 1.0}),
+    "lower": ([("Clip", "lo", "")], lambda c: {"lo": -0.5}),
+    "upper": ([("Clip", '"" hi', "")], lambda c: {"hi": 1.0}),
+    "Relu, Min": (
+        [("Relu", "", ""), ("Min", "bound", "")],
+        lambda c: {"bound": np.linspace(0.5, 3, c).reshape(1, c, 1, 1)},
     ),
-    "none": lambda c: ([], {}),
-    "Relu, MaxPool": lambda c: (
-        [("Relu", [], {}), ("MaxPool", [], {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1] * 4})],
-        {},
-    ),
-    "AveragePool": lambda c: (
-        [("AveragePool", [], {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1] * 4, "count_include_pad": 1})],
-        {},
-    ),
-    "Resize": lambda c: (
-        [("Resize", ["", "scales"], {"mode": "linear"})],
-        {"scales": np.array([1, 1, 2, 2], np.float32)},
-    ),
-    "Pad": lambda c: ([("Pad", ["pads"], {})], {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}),
+    "none": ([], lambda c: {}),
+    "Relu, MaxPool": ([("Relu", "", ""), ("MaxPool", "", POOL)], lambda c: {}),
+    "AveragePool": ([("AveragePool", "", SUM_POOL)], lambda c: {}),
+    "Resize": ([("Resize", '"" scales', '<mode = "linear">')], lambda c: {"scales": np.float32([1, 1, 2, 2])}),
+    "Pad": ([("Pad", "pads", "")], lambda c: {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}),
 }
 
 
 class Chain:
-    """A random chain of layers with uneven channels."""
+    """A random chain of layers with uneven channels, as text for `network`."""
 
     def __init__(self, rng, channels=3):
-        self.rng, self.nodes, self.constants, self.at, self.channels, self.n = rng, [], {}, "x", channels, 0
+        self.rng, self.lines, self.constants, self.at, self.channels = rng, [], {}, "x", channels
 
-    def add(self, op, inputs=(), constants=None, **attributes):
-        self.n += 1
-        names = {k: f"{k}{self.n}" for k in constants or {}}
-        self.constants |= {names[k]: v for k, v in (constants or {}).items()}
-        self.nodes.append(node(op, [self.at, *(names.get(i, i) for i in inputs)], [f"t{self.n}"], **attributes))
-        self.at = f"t{self.n}"
+    def add(self, op, inputs="", attributes="", **constants):
+        n, reads = len(self.lines), inputs.split()
+        self.constants |= {f"{k}{n}": v for k, v in constants.items()}
+        reads = [f"{name}{n}" if name in constants else name for name in reads]
+        self.lines.append(f"t{n} = {op} {attributes} ({', '.join([self.at, *reads])})")
+        self.at = f"t{n}"
         return self
 
     def layer(self, kind):
         rng, c = self.rng, self.channels
         o = c if kind in ("depthwise", "residual") else 2 * int(rng.integers(2, 5))
         groups = {"depthwise": c, "grouped": 2}.get(kind, 1) if c % 2 == 0 or kind == "depthwise" else 1
-        shape = (c, o // groups, 3, 3) if kind == "transposed" else (o, c // groups, 3, 3)
-        w = rng.normal(0, 0.5, shape) * (
-            sizes(rng, c)[:, None, None, None] if kind == "transposed" else sizes(rng, o)[:, None, None, None]
-        )
+        transposed, start = kind == "transposed", self.at
+        shape = (c, o // groups, 3, 3) if transposed else (o, c // groups, 3, 3)
+        w = rng.normal(0, 0.5, shape) * sizes(rng, c if transposed else o)[:, None, None, None]
         bias = rng.normal(0, 0.5, o)
-        start = self.at
-        self.add(
-            "ConvTranspose" if kind == "transposed" else "Conv",
-            ["w", "b"] if rng.random() < 0.7 else ["w"],
-            {"w": w, "b": bias},
-            group=groups,
-            pads=[1] * 4,
-        )
+        op, attributes = "ConvTranspose" if transposed else "Conv", f"<pads = [1, 1, 1, 1], group = {groups}>"
+        self.add(op, "w b" if rng.random() < 0.7 else "w", attributes, w=w, b=bias)
         if kind == "residual":
-            self.add("Add", [start])
+            self.add("Add", start)
         self.channels = o
         return self
 
     def activation(self, name):
-        steps, constants = ACTIVATIONS[name](self.channels)
+        steps, constants = ACTIVATIONS[name]
+        values = constants(self.channels)
         for op, inputs, attributes in steps:
-            self.add(op, inputs, {k: v for k, v in constants.items() if k in inputs}, **attributes)
+            self.add(op, inputs, attributes, **{k: v for k, v in values.items() if k in inputs.split()})
         return self
 
+    def graph(self, size=8):
+        return network("\n".join(self.lines), inputs={"x": (1, 3, size, size)}, **self.constants)
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 10**6),
-    st.lists(
-        st.tuples(
-            st.sampled_from(["plain", "depthwise", "grouped", "transposed", "residual"]),
-            st.sampled_from(sorted(ACTIVATIONS)),
-        ),
-        min_size=2,
-        max_size=5,
-    ),
-    st.sampled_from(["conv", "flat", "pooled"]),
-    st.booleans(),
-)
-def test_equalization_is_exact(seed, kinds, end, with_images):
+
+KINDS = ["plain", "depthwise", "grouped", "transposed", "residual"]
+
+
+def random_chain(seed, kinds, end):
     rng = np.random.default_rng(seed)
     chain = Chain(rng).layer("plain")
     for kind, activation in kinds:
         chain.layer(kind).activation(activation)
     chain.layer("plain").add("Relu")
     if end == "conv":
-        chain.layer("plain")
+        return chain.layer("plain").graph()
+    if end == "pooled":
+        chain.add("GlobalAveragePool").add("Flatten")
     else:
-        chain.add("GlobalAveragePool") if end == "pooled" else chain.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2])
-        chain.add("Flatten")
-        width = build(chain.nodes, chain.constants, [1, 3, 8, 8], chain.at).shape(chain.at)[1]
-        chain.add("Gemm", ["w", "b"], {"w": rng.normal(0, 1, (5, width)), "b": rng.normal(0, 1, 5)}, transB=1)
-    graph = build(chain.nodes, chain.constants, [1, 3, 8, 8], chain.at)
+        chain.add("MaxPool", "", "<kernel_shape = [3, 3], strides = [2, 2]>").add("Flatten")
+    width = chain.graph().shape(chain.at)[1]
+    return chain.add("Gemm", "w b", "<transB = 1>", w=rng.normal(0, 1, (5, width)), b=rng.normal(0, 1, 5)).graph()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(sorted(ACTIVATIONS))), min_size=2, max_size=5),
+    st.sampled_from(["conv", "flat", "pooled"]),
+    st.booleans(),
+)
+@example(
+    795,
+    [
+        ("depthwise", "AveragePool"),
+        ("residual", "AveragePool"),
+        ("plain", "Relu, MaxPool"),
+        ("residual", "LeakyRelu"),
+        ("residual", "Relu, Min"),
+    ],
+    "conv",
+    False,
+)
+def test_equalization_is_exact(seed, kinds, end, with_images):
+    graph = random_chain(seed, kinds, end)
     images = noise(graph, 1)
     even = equalize(graph, images if with_images else ())
-    assert change(graph, even, [images[0], 10 * images[0]]) < 1e-4
+    assert agrees(graph, even, [images[0], 10 * images[0]])
     assert channel_groups(graph) and "Clip" not in {b.op_type for g in channel_groups(even) for b in g.bounds}
     onnx.checker.check_model(even.model, full_check=True)
 
@@ -230,10 +248,11 @@ def test_equalization_is_exact(seed, kinds, end, with_images):
 def test_equalization_is_exact_on_real_models(real_data, name):
     graph = simplify(load_graph(real_data / "models" / f"{name}.onnx"))
     images = [100 * abs(x) if "yunet" in name else x for x in noise(graph, 1)]
+    own = max(10 * float32_error(graph, images, copies=2), 1e-4)
     for even in (equalize(graph), equalize(graph, images)):
-        assert change(graph, even, images) < 1e-4
+        assert change(graph, even, images) <= own
         assert weight_table(even).worst_channel_db.median() > weight_table(graph).worst_channel_db.median()
-    assert change(graph, absorb_bias(graph, images), images) < 1e-4
+    assert change(graph, absorb_bias(graph, images), images) <= own
 
 
 def test_transformers_without_free_channels_stay_as_they_are(real_data, tmp_path):
@@ -241,26 +260,35 @@ def test_transformers_without_free_channels_stay_as_they_are(real_data, tmp_path
     assert not channel_groups(graph) and change(graph, equalize(graph)) == 0
 
 
-@pytest.mark.parametrize("between", ["Sigmoid", "Concat", "output", "Softmax", "Mul", "shifted pad", "pixel bound"])
+HELD = {
+    "Sigmoid": "a = Sigmoid (c)",
+    "Softmax": "a = Softmax <axis = 1> (c)",
+    "Concat": "a = Concat <axis = 1> (c, c)",
+    "output": "a = Relu (c)",
+    "Mul": "a = Mul (c, c)",
+    "shifted pad": "a = Pad (c, p, k)",
+    "pixel bound": "a = Min (c, m)",
+}
+
+
+@pytest.mark.parametrize("between", HELD)
 def test_what_is_not_homogeneous_is_left_alone(between):
     rng = np.random.default_rng(0)
-    w = {
+    constants = {
         "w1": rng.normal(0, 1, (4, 3, 1, 1)) * sizes(rng, 4)[:, None, None, None],
         "w2": rng.normal(0, 1, (2, 8 if between == "Concat" else 4, 1, 1)),
-        "k": np.array(0.5),
+        "k": 0.5,
         "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
         "m": np.ones((1, 4, 8, 8)),
     }
-    middle = {"Sigmoid": [node("Sigmoid", ["c"], ["a"])], "Softmax": [node("Softmax", ["c"], ["a"], axis=1)], "Concat": [node("Concat", ["c", "c"], ["a"], axis=1)], "output": [node("Relu", ["c"], ["a"])],
-              "Mul": [node("Mul", ["c", "c"], ["a"])], "shifted pad": [node("Pad", ["c", "p", "k"], ["a"])], "pixel bound": [node("Min", ["c", "m"], ["a"])]}[between]  # fmt: skip
-    graph = build([node("Conv", ["x", "w1"], ["c"]), *middle, node("Conv", ["a", "w2"], ["y"])], w, [1, 3, 8, 8])
+    graph = network(f"c = Conv (x, w1); {HELD[between]}; y = Conv (a, w2)", **constants)
     if between == "output":
         graph.model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, [1, 4, 8, 8]))
     assert channel_groups(graph) == [] and change(graph, equalize(graph)) == 0
 
 
-@pytest.mark.parametrize("activation", ["Relu", "PRelu", "Clip", "Min", "none"])
-def test_matrices_on_the_last_axis_of_four(activation):
+@pytest.mark.parametrize("middle", ["Relu (h)", "PRelu (h, slope)", "Clip (h, lo, hi)", "Min (h, bound)", "none"])
+def test_matrices_on_the_last_axis_of_four(middle):
     rng = np.random.default_rng(0)
     constants = {
         "w1": rng.normal(0, 1, (6, 6)) * sizes(rng, 6),
@@ -271,124 +299,82 @@ def test_matrices_on_the_last_axis_of_four(activation):
         "hi": 3.0,
         "bound": np.linspace(1, 2, 6),
     }
-    middle = {"Relu": ["h"], "PRelu": ["h", "slope"], "Clip": ["h", "lo", "hi"], "Min": ["h", "bound"]}.get(activation)
-    nodes = [
-        node("MatMul", ["x", "w1"], ["p"]),
-        node("Add", ["p", "b1"], ["h"]),
-        *([node(activation, middle, ["a"])] if middle else []),
-        node("MatMul", ["a" if middle else "h", "w2"], ["y"]),
-    ]
-    graph = build(nodes, constants, [1, 6, 6, 6])
+    end = "y = MatMul (h, w2)" if middle == "none" else f"a = {middle}; y = MatMul (a, w2)"
+    graph = network(f"p = MatMul (x, w1); h = Add (p, b1); {end}", inputs={"x": (1, 6, 6, 6)}, **constants)
     images = noise(graph, 3)
-    assert (
-        len(channel_groups(graph)) == 1
-        and change(graph, equalize(graph), images) < 1e-5
-        and change(graph, equalize(graph, images), images) < 1e-5
-    )
+    assert len(channel_groups(graph)) == 1
+    assert agrees(graph, equalize(graph), images) and agrees(graph, equalize(graph, images), images)
     assert weight_table(equalize(graph)).spread[0] < 0.5 * weight_table(graph).spread[0]
 
 
 def test_a_convolution_read_by_a_matrix_is_left_alone():
     rng = np.random.default_rng(0)
-    graph = build(
-        [node("Conv", ["x", "w1"], ["c"]), node("MatMul", ["c", "w2"], ["y"])],
-        {"w1": rng.normal(0, 1, (8, 3, 1, 1)), "w2": rng.normal(0, 1, (8, 8))},
-        [1, 3, 8, 8],
-    )
-    assert channel_groups(graph) == []
+    weights = {"w1": rng.normal(0, 1, (8, 3, 1, 1)), "w2": rng.normal(0, 1, (8, 8))}
+    assert channel_groups(network("c = Conv (x, w1); y = MatMul (c, w2)", **weights)) == []
 
 
 def test_dead_channels_and_shared_weights():
     rng = np.random.default_rng(0)
     w = rng.normal(0, 1, (6, 6, 1, 1)) * sizes(rng, 6)[:, None, None, None]
     w[2], w[:, 3] = 0, 0
-    nodes = [
-        node("Conv", ["x", "w", "b"], ["c"]),
-        node("Relu", ["c"], ["r"]),
-        node("Conv", ["r", "w", "b"], ["d"]),
-        node("Relu", ["d"], ["s"]),
-        node("Conv", ["s", "w"], ["y"]),
-    ]
-    graph = build(nodes, {"w": w, "b": rng.normal(0, 1, 6)}, [1, 6, 8, 8])
+    text = "c = Conv (x, w, b); r = Relu (c); d = Conv (r, w, b); s = Relu (d); y = Conv (s, w)"
+    graph = network(text, inputs={"x": (1, 6, 8, 8)}, w=w, b=rng.normal(0, 1, 6))
     even = equalize(graph)
-    assert change(graph, even) < 1e-4 and np.isfinite(get_weight(even, layers(even)[0])).all()
+    assert agrees(graph, even) and np.isfinite(get_weight(even, layers(even)[0])).all()
     assert equal_factors([np.zeros(3)], [np.ones(3)]).tolist() == [1, 1, 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6))
 def test_any_positive_factors_are_exact(seed):
     rng = np.random.default_rng(seed)
-    chain = (
-        Chain(rng)
-        .layer("plain")
-        .activation("Relu6")
-        .layer("depthwise")
-        .activation("Hardtanh")
-        .layer("residual")
-        .activation("Relu")
-        .layer("plain")
-    )
-    graph = build(chain.nodes, chain.constants, [1, 3, 6, 6], chain.at)
+    chain = Chain(rng).layer("plain").activation("Relu6").layer("depthwise").activation("Hardtanh")
+    graph = chain.layer("residual").activation("Relu").layer("plain").graph(size=6)
     other = graph.copy()
     for k in range(len(channel_groups(graph))):
         group = channel_groups(other)[k]
         rescale(other, group, sizes(rng, group.channels, 2))
-    assert change(graph, other) < 1e-4
+    assert agrees(graph, other)
 
 
 def mobile(seed=0, blocks=3, width=16, decades=2.5):
-    """A BatchNorm-folded depthwise network with ReLU6 and deliberately unequal channel ranges."""
-    rng = np.random.default_rng(seed)
-    nodes, w, at, size = [], {}, "x", np.ones(3)
+    """A depthwise network with ReLU6 and deliberately unequal channel ranges, as folded BatchNorms leave them."""
+    rng, lines, weights, at, size = np.random.default_rng(seed), [], {"lo": 0.0, "hi": 6.0}, "x", np.ones(3)
     for k in range(2 * blocks + 1):
         depthwise, c = k % 2 == 1, width if k else 3
         new = sizes(rng, width, decades)
-        base = rng.normal(0, 1, (width, 1 if depthwise else c, *((3, 3) if depthwise else (1, 1)))) / (
-            3 if depthwise else c**0.5
-        )
+        shape = (width, 1, 3, 3) if depthwise else (width, c, 1, 1)
+        base = rng.normal(0, 1, shape) / (3 if depthwise else c**0.5)
         reads = size[:, None, None, None] if depthwise else size[None, :, None, None]
-        w |= {
-            f"w{k}": base * new[:, None, None, None] / reads,
-            f"b{k}": rng.normal(0.2, 0.3, width) * new,
-            "lo": 0.0,
-            "hi": 6.0,
-        }
-        nodes += [
-            node("Conv", [at, f"w{k}", f"b{k}"], [f"c{k}"], group=width if depthwise else 1, pads=[int(depthwise)] * 4),
-            node("Clip", [f"c{k}", "lo", "hi"], [f"r{k}"]),
-        ]
+        weights |= {f"w{k}": base * new[:, None, None, None] / reads, f"b{k}": rng.normal(0.2, 0.3, width) * new}
+        pad, group = int(depthwise), width if depthwise else 1
+        lines.append(f"c{k} = Conv <group = {group}, pads = [{pad}, {pad}, {pad}, {pad}]> ({at}, w{k}, b{k})")
+        lines.append(f"r{k} = Clip (c{k}, lo, hi)")
         at, size = f"r{k}", new
-    w |= {"wl": rng.normal(0, 1, (8, width)) / size, "bl": rng.normal(0, 0.1, 8)}
-    nodes += [
-        node("GlobalAveragePool", [at], ["p"]),
-        node("Flatten", ["p"], ["f"]),
-        node("Gemm", ["f", "wl", "bl"], ["y"], transB=1),
-    ]
-    return build(nodes, w, [1, 3, 12, 12])
+    weights |= {"wl": rng.normal(0, 1, (8, width)) / size, "bl": rng.normal(0, 0.1, 8)}
+    lines.append(f"p = GlobalAveragePool ({at}); f = Flatten (p); y = Gemm <transB = 1> (f, wl, bl)")
+    return network("\n".join(lines), inputs={"x": (1, 3, 12, 12)}, **weights)
 
 
 def answers(graph, images):
     return np.concatenate([run(graph, x)["y"] for x in images])
 
 
+def correlation(model, graph, images):
+    """Of the answers with those of the float graph, their means aside."""
+    got, wanted = (a - a.mean(0) for a in (answers(model, images), answers(graph, images)))
+    return float((got * wanted).sum() / np.sqrt((got**2).sum() * (wanted**2).sum() + 1e-30))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_per_tensor_collapses_without_equalization_and_comes_back_with_it(seed):
     graph = mobile(seed)
     images = noise(graph, 32)
-    wanted = answers(graph, images)
-    wanted = wanted - wanted.mean(0)
-
-    def correlation(model):
-        got = answers(model, images)
-        got = got - got.mean(0)
-        return float((got * wanted).sum() / np.sqrt((got**2).sum() * (wanted**2).sum() + 1e-30))
-
     even = equalize(graph)
-    assert correlation(even) > 0.99999
-    assert correlation(quantize_weights(graph)) < 0.8
-    assert correlation(quantize_weights(even)) > 0.97
-    assert correlation(correct_bias(even, quantize_weights(even), images[:16])) > 0.97
+    assert correlation(even, graph, images) > 0.99999
+    assert correlation(quantize_weights(graph), graph, images) < 0.8
+    assert correlation(quantize_weights(even), graph, images) > 0.97
+    assert correlation(correct_bias(even, quantize_weights(even), images[:16]), graph, images) > 0.97
 
 
 # --- absorption, bias, rounding
@@ -404,65 +390,47 @@ def test_high_biases_are_absorbed(reader):
         "g": rng.normal(0, 1, (6, 4)),
         "bound": np.linspace(5, 9, 6).reshape(1, 6, 1, 1),
     }
-    end = (
-        [node("GlobalAveragePool", ["r"], ["p"]), node("Flatten", ["p"], ["f"]), node("Gemm", ["f", "g"], ["y"])]
-        if reader == "Gemm"
-        else [node("Conv", ["r", "v"], ["y"], pads=[int(reader == "padded")] * 4)]
-    )
-    middle = (
-        [node("Relu", ["c"], ["q"]), node("Min", ["q", "bound"], ["r"])]
-        if reader == "bounded"
-        else [node("Relu", ["c"], ["r"])]
-    )
-    graph = build([node("Conv", ["x", "w", "b"], ["c"]), *middle, *end], constants, [1, 3, 8, 8])
+    pad = int(reader == "padded")
+    conv = f"y = Conv <pads = [{pad}, {pad}, {pad}, {pad}]> (r, v)"
+    end = "p = GlobalAveragePool (r); f = Flatten (p); y = Gemm (f, g)" if reader == "Gemm" else conv
+    middle = "q = Relu (c); r = Min (q, bound)" if reader == "bounded" else "r = Relu (c)"
+    graph = network(f"c = Conv (x, w, b); {middle}; {end}", **constants)
     images = noise(graph, 8)
     absorbed = absorb_bias(graph, images)
-    assert change(graph, absorbed, images) < 1e-5
+    assert agrees(graph, absorbed, images)
     first = get_bias(absorbed, layers(absorbed)[0])
     if reader == "padded":
         assert np.array_equal(first, get_bias(graph, layers(graph)[0]))
     else:
         assert (first[[0, 1, 5]] < [5, 8, 3]).all() and np.array_equal(first[[2, 4]], [0, -1])
-        assert channel_statistics(absorbed, ["c"], images)["c"]["min"][0] == pytest.approx(0, abs=1e-5)
+        least = channel_statistics(absorbed, ["c"], images)["c"]["min"][0]
+        assert least == pytest.approx(0, abs=16 * EPS * 8), "a few roundings of the largest bias"
 
 
 @pytest.mark.parametrize("kind", ["Conv", "ConvTranspose", "Gemm", "MatMul", "MatMul of four"])
 def test_means_agree_after_bias_correction(kind):
-    rng = np.random.default_rng(0)
-    if "M" in kind or kind == "Gemm":
-        shape, constants = (
-            [1, 5, 4, 6] if "four" in kind else [1, 6],
-            {"w": rng.normal(0, 1, (6, 6)), "v": rng.normal(0, 1, (6, 3))},
-        )
+    rng, op = np.random.default_rng(0), kind.split()[0]
+    if op in ("Gemm", "MatMul"):
+        shape = (1, 5, 4, 6) if "four" in kind else (1, 6)
+        weights = {"w": rng.normal(0, 1, (6, 6)), "v": rng.normal(0, 1, (6, 3))}
     else:
-        shape, constants = (
-            [1, 6, 8, 8],
-            {
-                "w": rng.normal(0, 1, (6, 6, 3, 3)),
-                "v": rng.normal(0, 1, (6, 3, 3, 3) if kind == "ConvTranspose" else (3, 6, 3, 3)),
-            },
-        )
-    op = kind.split()[0]
-    graph = build(
-        [node(op, ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node(op, ["r", "v"], ["y"])], constants, shape
-    )
+        shape, last = (1, 6, 8, 8), (6, 3, 3, 3) if op == "ConvTranspose" else (3, 6, 3, 3)
+        weights = {"w": rng.normal(0, 1, (6, 6, 3, 3)), "v": rng.normal(0, 1, last)}
+    graph = network(f"h = {op} (x, w); r = Relu (h); y = {op} (r, v)", inputs={"x": shape}, **weights)
     images = [x + 0.5 for x in noise(graph, 6)]
     rounded = quantize_weights(graph, bits=3)
-    fixed = correct_bias(graph, rounded, images)
+    corrected = correct_bias(graph, rounded, images)
     last = ["h", "y"] if op in ("MatMul", "Gemm") else []
-    wanted, before, after = (channel_statistics(g, ["h", "y"], images, last=last) for g in (graph, rounded, fixed))
+    tables = (channel_statistics(g, ["h", "y"], images, last=last) for g in (graph, rounded, corrected))
+    wanted, before, after = tables
     for name in ("h", "y"):
-        assert (
-            np.abs(after[name]["mean"] - wanted[name]["mean"]).max()
-            < 1e-4
-            < 1e-2
-            < np.abs(before[name]["mean"] - wanted[name]["mean"]).max()
-        )
-    assert (
-        np.array_equal(get_weight(fixed, layers(fixed)[0]), get_weight(rounded, layers(rounded)[0]))
-        and not get_bias(rounded, layers(rounded)[0]).any()
-    )
-    onnx.checker.check_model(fixed.model, full_check=True)
+        errors = [np.abs(t[name]["mean"] - wanted[name]["mean"]).max() for t in (before, after)]
+        reach = max(np.abs(wanted[name][["min", "max"]]).max())
+        assert errors[0] > 1e-2 and errors[1] <= 200 * EPS * reach, "sums of up to 54 products, rounded twice"
+    first = layers(rounded)[0]
+    assert np.array_equal(get_weight(corrected, layers(corrected)[0]), get_weight(rounded, first))
+    assert not get_bias(rounded, first).any()
+    onnx.checker.check_model(corrected.model, full_check=True)
 
 
 @pytest.mark.parametrize("name", ["face_detection_yunet_2023mar", "edgeface_xxs_q_dequant"])
@@ -471,33 +439,28 @@ def test_a_walk_sees_what_a_run_sees(real_data, tmp_path, name):
     graph = simplify(load_graph(fix_batch(path, tmp_path / "fixed.onnx") if "edgeface" in name else path))
     images = noise(graph, 2)
     wanted = [run(graph, x, [layer.output for layer in layers(graph)]) for x in images]
-    seen = 0
-    for step in walk(graph, images):
-        for k, out in enumerate(step.outputs()):
-            assert np.abs(out - wanted[k][step.layer.output]).max() <= 1e-4 * np.abs(out).max()
-        seen += 1
-    assert seen == len(layers(graph))
+    visits = list(layers(graph))
+    for visit, layer in zip(walk(graph, images), visits, strict=True):
+        assert visit.layer.output == layer.output
+        for k, out in enumerate(visit.outputs()):
+            # pieces are fused in other ways than the whole, and differ by float32 rounding through all layers
+            assert np.abs(out - wanted[k][layer.output]).max() <= 1e-4 * np.abs(out).max()
 
 
 def test_adaptive_rounding_is_never_worse_on_its_rows_and_keeps_the_grid():
     graph = mobile(1, blocks=1, decades=0.5)
     images = noise(graph, 12)
-    learned = adaround(graph, images, bits=4, iterations=150, rows=512, progress=False)
+    learned = adaround(graph, images, bits=4, options=FEW, progress=False)
     wanted, nearest, got = (answers(g, images) for g in (graph, quantize_weights(graph, bits=4), learned))
     assert np.square(got - wanted).mean() < np.square(nearest - wanted).mean()
     for before, after in zip(layers(graph), layers(learned)):
         w, rounded = get_weight(graph, before), get_weight(learned, after)
         step = np.abs(w).max() / 7
-        assert (
-            np.allclose(rounded / step, np.rint(rounded / step), atol=1e-3) and np.abs(rounded - w).max() < 1.001 * step
-        )
-        assert np.array_equal(fake_quantize_weight(rounded, bits=4), rounded) or np.allclose(
-            fake_quantize_weight(rounded, bits=4), rounded, atol=1e-5 * step
-        )
-    assert np.array_equal(
-        answers(adaround(graph, images, bits=4, iterations=150, rows=512, progress=False), images[:2]),
-        answers(learned, images[:2]),
-    )
+        assert np.allclose(rounded / step, np.rint(rounded / step), rtol=0, atol=64 * EPS)
+        assert np.abs(rounded - w).max() < 1.001 * step
+        assert np.allclose(fake_quantize_weight(rounded, bits=4), rounded, rtol=0, atol=64 * EPS * step)
+    again = adaround(graph, images, bits=4, options=FEW, progress=False)
+    assert np.array_equal(answers(again, images[:2]), answers(learned, images[:2]))
 
 
 def test_originals_are_never_changed():
@@ -505,16 +468,12 @@ def test_originals_are_never_changed():
     images, before = noise(graph, 3), graph.model.SerializeToString(deterministic=True)
     rounded = quantize_weights(graph)
     after = rounded.model.SerializeToString(deterministic=True)
-    (
-        equalize(graph, images),
-        absorb_bias(graph, images),
-        correct_bias(graph, rounded, images),
-        adaround(graph, images, iterations=2, rows=16, progress=False),
-    )
-    assert (
-        graph.model.SerializeToString(deterministic=True) == before
-        and rounded.model.SerializeToString(deterministic=True) == after
-    )
+    equalize(graph, images)
+    absorb_bias(graph, images)
+    correct_bias(graph, rounded, images)
+    adaround(graph, images, options=RoundingOptions(iterations=2, rows=16), progress=False)
+    assert graph.model.SerializeToString(deterministic=True) == before
+    assert rounded.model.SerializeToString(deterministic=True) == after
 
 
 # --- ranges
@@ -525,30 +484,20 @@ def test_ranges_are_clipped_and_bounded():
     images = noise(graph, 6)
     tensors = [layer.output for layer in layers(graph)]
     stats = collect((str(k), run(graph, x, tensors)) for k, x in enumerate(images))
-    values = np.stack([np.concatenate([v.ravel() for v in (run(graph, x, tensors[:1])[tensors[0]] for x in images)])])[
-        0
-    ]
-    import pandas as pd
-
-    seen = pd.DataFrame(
-        {"low": stats.min.min(1), "high": stats.max.max(1)}, index=pd.Index(stats.tensors, name="tensor")
-    ).astype(float)
-    cut = clip_ranges(seen, stats, sigmas=2)
-    assert cut.loc[tensors[0], "high"] == pytest.approx(
-        min(values.max(), max(values.mean() + 2 * values.std(), 0)), rel=1e-4
-    )
-    assert cut.loc[tensors[0], "low"] == pytest.approx(
-        max(values.min(), min(values.mean() - 2 * values.std(), 0)), rel=1e-4
-    )
-    assert clip_ranges(seen, stats, sigmas=1e6).equals(seen)
-    bounded = bound_ranges(graph, seen)
-    assert (
-        (bounded["low"].iloc[:-1] == 0).all()
-        and bounded.loc["y"].equals(seen.loc["y"])
-        and (bounded["high"] <= seen["high"]).all()
-    )
+    first = tensors[0]
+    values = np.concatenate([run(graph, x, [first])[first].ravel() for x in images]).astype(float)
+    full = pd.DataFrame({"low": stats.min.min(1), "high": stats.max.max(1)}, stats.tensors, dtype=float)
+    cut = clip_ranges(full, stats, sigmas=2)
+    ends = [values.mean() + sign * 2 * values.std() for sign in (-1, 1)]
+    slack = 32 * EPS * np.abs(values).max()  # means and deviations are kept in float32
+    assert cut.loc[first, "high"] == pytest.approx(min(values.max(), max(ends[1], 0)), abs=slack)
+    assert cut.loc[first, "low"] == pytest.approx(max(values.min(), min(ends[0], 0)), abs=slack)
+    assert clip_ranges(full, stats, sigmas=1e6).equals(full)
+    bounded = bound_ranges(graph, full)
+    assert (bounded["low"].iloc[:-1] == 0).all() and (bounded["high"] <= full["high"]).all()
+    assert bounded.loc["y"].equals(full.loc["y"])
     with pytest.raises(InputError, match="sigmas"):
-        clip_ranges(seen, stats, sigmas=0)
+        clip_ranges(full, stats, sigmas=0)
 
 
 def test_no_images_is_an_input_error():

@@ -17,9 +17,19 @@ _SMALLEST = float(np.finfo(np.float32).tiny)  # smaller scales are flushed to ze
 
 # %% ../../nbs/quant/07_grid.ipynb #cell-7
 def activation_grid(low: float, high: float, profile) -> tuple[np.ndarray, np.ndarray]:
-    """(scale float32, zero point int8 or uint8), both 0-d, of an activation between `low` and `high` on the target `profile` (a `Profile`).
+    """Scale and zero point of an activation.
 
-    The range is widened to hold 0; one below float32's normal numbers gets scale 1.
+    Args:
+        low: Lower end of its range; the range is widened to hold 0.
+        high: Upper end, at least `low`.
+        profile: The target, a `Profile` with 8-bit activations.
+
+    Returns:
+        (scale float32, zero point int8 or uint8), both 0-d; the scale is 1 for a range below float32's normal numbers.
+
+    Raises:
+        InputError: The range is not one, or the profile has other bits.
+
     Source: Krishnamoorthi 2018, section 2.1; ONNX Runtime for the empty range.
     """
     if profile.activation_bits != 8:
@@ -35,40 +45,71 @@ def activation_grid(low: float, high: float, profile) -> tuple[np.ndarray, np.nd
 
 
 def codes(values: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """`values` as integers of the zero point's type, rounded half to even and clipped; all broadcast. Source: ONNX QuantizeLinear."""
+    """Values as integers, rounded half to even and clipped.
+
+    Args:
+        values: Floats of any shape.
+        scale: Broadcasts with the values.
+        zero: Zero point; its type decides that of the codes.
+
+    Returns:
+        Integers of the zero point's type.
+
+    Source: ONNX, QuantizeLinear.
+    """
     info = np.iinfo(zero.dtype)
     return np.clip(np.rint(np.asarray(values, np.float64) / scale) + zero, info.min, info.max).astype(zero.dtype)
 
-# %% ../../nbs/quant/07_grid.ipynb #cell-13
+# %% ../../nbs/quant/07_grid.ipynb #cell-17
 def kernel_rows(weight: np.ndarray, groups: int = 1) -> np.ndarray | None:
-    """`weight` [output channel, input channel, kernel...] as [output channel, K] in the order in which an integer kernel multiplies neighbours.
+    """Lay weights out in the order in which an integer kernel multiplies neighbours.
 
-    None for depthwise convolutions, whose kernel has no neighbours. Source: ONNX Runtime, QLinearConv.
+    Args:
+        weight: [output channel, input channel, kernel...].
+        groups: Groups of the convolution.
+
+    Returns:
+        [output channel, K]; None for depthwise convolutions, whose kernel has no neighbours.
+
+    Source: ONNX Runtime, QLinearConv.
     """
     if groups > 1 and groups == len(weight) and weight.shape[1] == 1:
         return None
     return np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
 
 
-def _pair_scale(rows: np.ndarray) -> np.ndarray:
+def _neighbour_scale(rows: np.ndarray) -> np.ndarray:
     """Least scale of each row at which two neighbours of one sign add up to at most 127 levels."""
     pairs = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2).astype(np.float64)
     up, down = (np.maximum(signed, 0).sum(2).max(1, initial=0) for signed in (pairs, -pairs))
     return np.maximum(up, down) / 127
 
-
+# %% ../../nbs/quant/07_grid.ipynb #cell-21
 def bias_floor(bias: np.ndarray, input_scale: float) -> np.ndarray:
-    """Least weight scale at which `bias` [output channel] takes no more than 31 of its 32 bits. Source: ours."""
+    """Least weight scale at which `bias` [output channel] takes no more than 31 of its 32 bits, float64."""
     return np.abs(np.asarray(bias, np.float64)) / (float(input_scale) * 2**30)
 
 
 def weight_grid(
     weight: np.ndarray, axis: int, profile, *, rows: np.ndarray | None = None, floor: float | Sequence[float] = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes int8, scale float32, zero point int8) of `weight`; the last two 0-d or, where `profile` has a scale per channel, 1-d along `axis`.
+    """Codes, scale and zero point of a weight tensor.
 
-    `rows` is `kernel_rows`: symmetric scales are raised until no neighbours overflow 16 bits. `floor` is the least scale, one or one per channel.
-    Source: Krishnamoorthi 2018; ours for the neighbours.
+    Args:
+        weight: Float array, finite.
+        axis: That of the output channels.
+        profile: The target, a `Profile` with 8-bit weights.
+        rows: `kernel_rows` of the weight: symmetric scales are raised until no neighbours overflow 16 bits.
+        floor: Least scale, one or one per channel.
+
+    Returns:
+        (codes int8, scale float32, zero point int8); the last two 0-d or, where the profile has a scale per channel,
+        1-d along the axis.
+
+    Raises:
+        InputError: A weight is not finite, or the profile has other bits.
+
+    Source: Krishnamoorthi 2018.
     """
     if profile.weight_bits != 8:
         raise InputError(f"profile {profile.name}: {profile.weight_bits}-bit weights", expected="8 bits")
@@ -76,28 +117,34 @@ def weight_grid(
         raise InputError("a weight is NaN or infinite", expected="finite weights", fix="check the float model")
     axis = axis if profile.weight_per_channel else None
     scale, zero = weight_scale(weight, axis, symmetric=profile.weight_symmetric)
-    shape, own = scale.shape, scale.ravel()
+    shape, own, zero = scale.shape, scale.ravel(), zero.astype(np.int8)
     largest = np.abs(weight if axis is None else np.moveaxis(weight, axis, 0)).reshape(len(own), -1).max(1)
     need = np.full(len(own), np.max(floor)) if axis is None else np.broadcast_to(floor, len(own))
     alive, empty = largest > 0, np.where(need > 0, need, 1.0)
     if rows is not None and profile.weight_symmetric:
-        pair = _pair_scale(rows)
-        need = np.maximum(need, pair if axis is not None else pair.max())
-    finer = np.floor(
-        own / np.maximum(np.maximum(largest / 127, need), _SMALLEST) + 1e-9
-    )  # the bias would suffer from a coarse grid in use
+        neighbours = _neighbour_scale(rows)
+        need = np.maximum(need, neighbours if axis is not None else neighbours.max())
+    # a coarse grid in use is divided, because the bias would suffer from it
+    finer = np.floor(own / np.maximum(np.maximum(largest / 127, need), _SMALLEST) + 1e-9)
     own = np.where(alive, np.where(finer >= 1, own / np.maximum(finer, 1), np.maximum(own, need)), empty)
     own = np.maximum(own, _SMALLEST).astype(np.float32)
-    whole = (-1,) if axis is not None else ()
-    return (
-        codes(weight, own.reshape(shape), zero.astype(np.int8)),
-        own.reshape(whole),
-        zero.astype(np.int8).reshape(whole),
-    )
+    flat = (-1,) if axis is not None else ()
+    return codes(weight, own.reshape(shape), zero), own.reshape(flat), zero.reshape(flat)
 
 
 def bias_grid(bias: np.ndarray, input_scale: float, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes int32, scale float32, zero point int32) of `bias` behind weights of `scale` (0-d or 1-d). Source: Jacob et al. 2018, section 2.4."""
+    """Codes, scale and zero point of a bias.
+
+    Args:
+        bias: Float [output channel].
+        input_scale: Scale of the layer's input.
+        scale: Scale of its weights, 0-d or [output channel].
+
+    Returns:
+        (codes int32, scale float32, zero point int32).
+
+    Source: Jacob et al. 2018, section 2.4.
+    """
     product = np.maximum(np.float32(input_scale) * scale.astype(np.float32), np.float32(_SMALLEST))
     levels = np.clip(np.rint(bias / product.astype(np.float64)), -(2**31 - 1), 2**31 - 1)
     return levels.astype(np.int32), np.asarray(product, np.float32), np.zeros(product.shape, np.int32)

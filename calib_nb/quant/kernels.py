@@ -17,7 +17,16 @@ FINEST = -100  # exponent of the narrowest bin
 
 # %% ../../nbs/quant/01_kernels.ipynb #cell-7
 def kernel(function: Callable) -> Callable:
-    """`function` compiled by numba: no lock held, cached on disk where a cache folder can be written. Source: numba's @njit."""
+    """Compile `function` with numba: no lock held, cached on disk where a cache folder can be written.
+
+    Args:
+        function: Loops over numpy arrays and numbers.
+
+    Returns:
+        The compiled function, called like the original.
+
+    Source: numba, `njit`.
+    """
     options = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
@@ -27,9 +36,17 @@ def kernel(function: Callable) -> Callable:
 # %% ../../nbs/quant/01_kernels.ipynb #cell-10
 @kernel
 def grid(low: float, high: float, capacity: int) -> tuple[int, int]:
-    """(k, first): the smallest exponent with bins 2^k wide, edge at zero, so that `capacity` bins from number `first` cover low..high.
+    """Choose the finest grid whose `capacity` bins cover low..high, with an edge at zero.
 
-    More than half of the capacity is in use unless the range is narrower than float32 resolves. Source: ours.
+    More than half of the capacity is in use unless the range is narrower than float32 resolves.
+
+    Args:
+        low: Least value, finite.
+        high: Greatest value, finite, at least `low`.
+        capacity: Number of bins, at least 2.
+
+    Returns:
+        (k, first): bins are 2^k wide, and the first one is number `first`.
     """
     k = FINEST
     if low != 0.0 or high != 0.0:
@@ -40,10 +57,19 @@ def grid(low: float, high: float, capacity: int) -> tuple[int, int]:
         k += 1
     return k, int(math.floor(math.ldexp(low, -k)))
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-14
+# %% ../../nbs/quant/01_kernels.ipynb #cell-16
 @kernel
 def extremes(x: np.ndarray) -> tuple[float, float, float, float]:
-    """Least, greatest, sum and sum of squares of float32 `x` [n], n >= 1; least = NaN when any value is NaN or infinite. -0.0 counts as 0.0. Source: IEEE 754 ordering."""
+    """Find the extremes and the power sums of an array.
+
+    Args:
+        x: float32 [n], n >= 1. -0.0 counts as 0.0.
+
+    Returns:
+        Least, greatest, sum and sum of squares; the least is NaN when any value is NaN or infinite.
+
+    Source: IEEE 754, the order of binary floating-point numbers.
+    """
     bits = x.view(np.int32)
     least, greatest = np.int32(2147483647), np.int32(-2147483648)
     for i in range(bits.size):
@@ -56,29 +82,36 @@ def extremes(x: np.ndarray) -> tuple[float, float, float, float]:
         value = np.float64(x[i])
         total += value
         squares += value * value
-    ends = (
-        np.array([0 if key == -1 else key ^ ((key >> 31) & 0x7FFFFFFF) for key in (least, greatest)], np.int64)
-        .astype(np.int32)
-        .view(np.float32)
-    )
+    pattern = np.empty(2, np.int32)
+    pattern[0], pattern[1] = least, greatest
+    for i in range(2):
+        key = pattern[i]  # -1 is the key of -0.0
+        pattern[i] = 0 if key == -1 else key ^ ((key >> 31) & 0x7FFFFFFF)
+    ends = pattern.view(np.float32)
     return np.float64(ends[0]), np.float64(ends[1]), total, squares
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-17
+# %% ../../nbs/quant/01_kernels.ipynb #cell-21
 @kernel
 def count(
     x: np.ndarray, exponent: int, first: int, used: int, tables: np.ndarray, index: np.ndarray, out: np.ndarray
 ) -> None:
-    """Set out[:used] to the counts of float32 `x` in bins 2^exponent wide from number `first`; all of `x` must lie there.
+    """Count the values of an array, all of which lie on the grid.
 
-    `tables` int32 [2, >= used] and `index` int32 [any] are room to work in. Source: ours.
+    Args:
+        x: float32 [n].
+        exponent: Bins are 2^exponent wide.
+        first: Number of the first bin.
+        used: Number of bins in use.
+        tables: Workspace, int32 [2, >= used].
+        index: Workspace, int32 of any size.
+        out: out[:used] is set to the counts.
     """
     scale, shift = np.float32(math.ldexp(1.0, -exponent)), np.int32(first)
     a, b = tables[0, :used], tables[1, :used]
     a[:], b[:] = 0, 0
     for begin in range(0, x.size, index.size):
-        part = x[
-            begin : begin + index.size
-        ]  # a slice has no negative indices, which is what lets the compiler use vectors
+        # a slice has no negative indices, which is what lets the compiler use vectors
+        part = x[begin : begin + index.size]
         for i in range(part.size):
             index[i] = np.int32(np.floor(part[i] * scale)) - shift
         for i in range(part.size // 2):
@@ -89,12 +122,24 @@ def count(
     for i in range(a.size):
         out[i] = a[i] + b[i]
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-20
+# %% ../../nbs/quant/01_kernels.ipynb #cell-24
 @kernel
 def quantiles(
     counts: np.ndarray, exponent: int, first: int, low: float, high: float, probabilities: np.ndarray, out: np.ndarray
 ) -> None:
-    """Set `out` to the quantiles of a histogram (any number type) at ascending `probabilities`, each right to one bin, within low..high. Source: linear interpolation of the distribution function."""
+    """Read quantiles from a histogram, each right to one bin.
+
+    Args:
+        counts: Any number type [bins].
+        exponent: Bins are 2^exponent wide.
+        first: Number of the first bin.
+        low: Least value; no quantile is below it.
+        high: Greatest value; no quantile is above it.
+        probabilities: float64 [k], ascending, 0..1.
+        out: Set to the quantiles, [k].
+
+    Source: linear interpolation of the distribution function.
+    """
     total = counts.sum()
     below, bin = 0, 0
     for j in range(probabilities.size):
@@ -109,21 +154,27 @@ def quantiles(
         part = (wanted - below) / counts[bin] if counts[bin] > 0 else 0.0
         out[j] = min(max(math.ldexp(first + bin + part, exponent), low), high)
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-23
+# %% ../../nbs/quant/01_kernels.ipynb #cell-28
 @kernel
 def tensor_statistics(
-    flat: np.ndarray,
-    offsets: np.ndarray,
-    sizes: np.ndarray,
-    probabilities: np.ndarray,
-    values: np.ndarray,
-    counts: np.ndarray,
-    exponents: np.ndarray,
-    firsts: np.ndarray,
-) -> int:
-    """Measure the float32 tensors flat[offsets[t] : offsets[t] + sizes[t]]; returns -1, or the first t that is not finite.
+    flat: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, probabilities: np.ndarray,
+    values: np.ndarray, counts: np.ndarray, exponents: np.ndarray, firsts: np.ndarray,
+) -> int:  # fmt: skip
+    """Measure the tensors flat[offsets[t] : offsets[t] + sizes[t]].
 
-    Sets values [t] = min, max, mean, std, then quantiles; counts int32 [t, capacity] on the tensor's own grid; exponents and firsts int64 [t]. Counts beyond the used bins are left as they are. Source: ours.
+    Args:
+        flat: float32, all tensors.
+        offsets: int64 [tensors], where each begins.
+        sizes: int64 [tensors], how many values each has, at least 1.
+        probabilities: Of the quantiles, float64 [k], ascending.
+        values: Set to min, max, mean, std and the quantiles, float32 [tensors, 4 + k].
+        counts: Set to each tensor's histogram on its own grid, int32 [tensors, capacity];
+            counts beyond the bins in use are left as they are.
+        exponents: Set to the grids' exponents, int64 [tensors].
+        firsts: Set to the number of each grid's first bin, int64 [tensors].
+
+    Returns:
+        -1, or the first t that is not finite.
     """
     capacity = counts.shape[1]
     tables, index = np.empty((2, capacity), np.int32), np.empty(256, np.int32)
@@ -136,20 +187,21 @@ def tensor_statistics(
         used = int(math.floor(math.ldexp(high, -k))) - first + 1
         count(x, k, first, used, tables, index, counts[t])
         mean = total / x.size
-        values[t, 0], values[t, 1], values[t, 2], values[t, 3] = (
-            low,
-            high,
-            mean,
-            math.sqrt(max(squares / x.size - mean * mean, 0.0)),
-        )
+        values[t, 0], values[t, 1], values[t, 2] = low, high, mean
+        values[t, 3] = math.sqrt(max(squares / x.size - mean * mean, 0.0))
         exponents[t], firsts[t] = k, first
         quantiles(counts[t, :used], k, first, low, high, probabilities, values[t, 4:])
     return -1
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-26
+# %% ../../nbs/quant/01_kernels.ipynb #cell-34
 @kernel
 def measure_channels(x: np.ndarray, out: np.ndarray) -> None:
-    """Set out float64 [channels, 4] to min, max, sum and sum of squares of each channel of float32 `x` [outer, channels, inner], which is finite. Source: definition."""
+    """Measure each channel of a tensor.
+
+    Args:
+        x: float32 [outer, channels, inner], finite.
+        out: Set to min, max, sum and sum of squares, float64 [channels, 4].
+    """
     out[:, 0], out[:, 1], out[:, 2:] = np.inf, -np.inf, 0.0
     for o in range(x.shape[0]):
         for c in range(x.shape[1]):
@@ -158,12 +210,22 @@ def measure_channels(x: np.ndarray, out: np.ndarray) -> None:
             out[c, 2] += total
             out[c, 3] += squares
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-29
+# %% ../../nbs/quant/01_kernels.ipynb #cell-37
 @kernel
 def fold(
     counts: np.ndarray, exponent: int, first: int, used: int, into: np.ndarray, into_exponent: int, into_first: int
 ) -> None:
-    """Add counts[:used] to `into`, whose bins are 2^(into_exponent - exponent) >= 1 times as wide. Source: ours."""
+    """Add counts[:used] to `into`, whose bins are 2^(into_exponent - exponent) >= 1 times as wide.
+
+    Args:
+        counts: Integers [>= used].
+        exponent: Of the bins of `counts`.
+        first: Number of their first bin.
+        used: Number of bins in use.
+        into: Integers, changed in place.
+        into_exponent: Of the bins of `into`.
+        into_first: Number of their first bin.
+    """
     shift = min(into_exponent - exponent, 62)
     if shift == 0:
         for i in range(used):
@@ -172,11 +234,18 @@ def fold(
         for i in range(used):
             into[((first + i) >> shift) - into_first] += counts[i]
 
-
+# %% ../../nbs/quant/01_kernels.ipynb #cell-40
 @kernel
-def add(counts: np.ndarray, exponents: np.ndarray, firsts: np.ndarray, lows: np.ndarray, highs: np.ndarray,
-        more: np.ndarray, more_exponents: np.ndarray, more_firsts: np.ndarray, more_lows: np.ndarray, more_highs: np.ndarray) -> None:  # fmt: skip
-    """Add histograms `more` to `counts` [tensors, capacity] in place; low > high says that nothing was counted yet. Source: ours."""
+def add(total: tuple, more: tuple) -> None:
+    """Add the histograms `more` to `total`, in place.
+
+    Args:
+        total: (counts int64 [tensors, capacity], exponents int64, firsts int64, lows, highs, each [tensors]);
+            a low above its high says that nothing is counted yet.
+        more: The same of other images, counts of any integer type.
+    """
+    counts, exponents, firsts, lows, highs = total
+    more_counts, more_exponents, more_firsts, more_lows, more_highs = more
     capacity = counts.shape[1]
     for t in range(counts.shape[0]):
         low, high = min(lows[t], more_lows[t]), max(highs[t], more_highs[t])
@@ -187,60 +256,82 @@ def add(counts: np.ndarray, exponents: np.ndarray, firsts: np.ndarray, lows: np.
             old = counts[t].copy()
             counts[t] = 0
             if lows[t] <= highs[t]:  # only what is in use: the bins behind it may lie beyond the end of the new grid
-                filled = int(math.floor(math.ldexp(np.float64(highs[t]), -exponents[t]))) - firsts[t] + 1
-                fold(old, exponents[t], firsts[t], filled, counts[t], k, first)
+                used = int(math.floor(math.ldexp(np.float64(highs[t]), -exponents[t]))) - firsts[t] + 1
+                fold(old, exponents[t], firsts[t], used, counts[t], k, first)
         if more_lows[t] <= more_highs[t]:
             used = int(math.floor(math.ldexp(np.float64(more_highs[t]), -more_exponents[t]))) - more_firsts[t] + 1
-            fold(more[t], more_exponents[t], more_firsts[t], used, counts[t], k, first)
+            fold(more_counts[t], more_exponents[t], more_firsts[t], used, counts[t], k, first)
         exponents[t], firsts[t], lows[t], highs[t] = k, first, low, high
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-33
+# %% ../../nbs/quant/01_kernels.ipynb #cell-44
+@kernel
+def _divergence(counts: np.ndarray, mass: np.ndarray, filled: np.ndarray, logs: np.ndarray, keep: int, levels: int):
+    """KL(P || Q) of the first `keep` bins on `levels` levels; infinite where Q is empty and P is not."""
+    n = counts.size
+    end = counts[keep - 1]
+    last = end + mass[n] - mass[keep]  # what is clipped is counted in the last bin
+    cross = 0.0
+    for g in range(levels):
+        begin, stop = g * keep // levels, (g + 1) * keep // levels
+        inside, occupied = mass[stop] - mass[begin], filled[stop] - filled[begin]
+        p = inside
+        if stop == keep:
+            p += last - end
+            if last > 0 and end == 0:
+                occupied += 1
+        if p > 0:
+            if inside <= 0:
+                return np.inf
+            cross += p * math.log(inside / occupied)
+    own = logs[keep] - (end * math.log(end) if end > 0 else 0.0) + (last * math.log(last) if last > 0 else 0.0)
+    return (own - cross) / mass[n] - math.log(mass[n]) + math.log(mass[keep])
+
+
 @kernel
 def entropy_threshold(counts: np.ndarray, levels: int, stride: int, most_clipped: float) -> int:
-    """Number of bins to keep of a histogram of magnitudes: the i in levels, levels + stride, ... with least KL(P_i || Q_i); all of them where there are no more than `levels`.
+    """Choose how many bins of a histogram of magnitudes to keep.
 
-    Groups are as even as bins allow. Refused are candidates that clip more than the share `most_clipped`, and those whose Q is empty where P is not. Source: Migacz 2017, 8-bit inference with TensorRT (GTC s7310).
+    Args:
+        counts: float64 [bins], from zero upward.
+        levels: Levels of the quantized magnitude; groups are as even as bins allow.
+        stride: Candidates are levels, levels + stride, ...
+        most_clipped: A candidate that clips a larger share of the values is refused.
+
+    Returns:
+        The candidate with the least divergence; all bins where there are no more than `levels`.
+
+    Source: Migacz 2017, 8-bit inference with TensorRT (GTC s7310).
     """
     n = counts.size
-    mass, filled, plogp = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
+    mass, filled, logs = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
     for i in range(n):
         c = counts[i]
-        mass[i + 1], filled[i + 1], plogp[i + 1] = (
-            mass[i] + c,
-            filled[i] + (c > 0),
-            plogp[i] + (c * math.log(c) if c > 0 else 0.0),
-        )
+        mass[i + 1], filled[i + 1] = mass[i] + c, filled[i] + (c > 0)
+        logs[i + 1] = logs[i] + (c * math.log(c) if c > 0 else 0.0)
     best, least = n, np.inf
     for keep in range(min(levels, n), n + 1, stride):
         if mass[keep] == 0.0 or mass[n] - mass[keep] > most_clipped * mass[n]:
             continue
-        end = counts[keep - 1]
-        last = end + mass[n] - mass[keep]  # what is clipped is counted in the last bin
-        cross = 0.0
-        refused = False
-        for g in range(levels):
-            begin, stop = g * keep // levels, (g + 1) * keep // levels
-            inside, occupied = mass[stop] - mass[begin], filled[stop] - filled[begin]
-            p = inside
-            if stop == keep:
-                p += last - end
-                if last > 0 and end == 0:
-                    occupied += 1
-            if p > 0:
-                if inside <= 0:
-                    refused = True
-                    break
-                cross += p * math.log(inside / occupied)
-        own = plogp[keep] - (end * math.log(end) if end > 0 else 0.0) + (last * math.log(last) if last > 0 else 0.0)
-        divergence = (own - cross) / mass[n] - math.log(mass[n]) + math.log(mass[keep])
-        if not refused and divergence < least:
+        divergence = _divergence(counts, mass, filled, logs, keep, levels)
+        if divergence < least:
             best, least = keep, divergence
     return best
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-37
+# %% ../../nbs/quant/01_kernels.ipynb #cell-50
 @kernel
 def squared_error(counts: np.ndarray, centers: np.ndarray, low: float, high: float, steps: int) -> float:
-    """Sum over bins of counts * (x - Q(x))^2, where Q rounds to multiples of (high - low) / steps and clips to low..high; low <= 0 <= high. Source: definition of uniform quantization."""
+    """Sum counts * (x - Q(x))^2 over bins, where Q rounds to multiples of (high - low) / steps and clips to low..high.
+
+    Args:
+        counts: float64 [bins].
+        centers: Middle of each bin, float64 [bins].
+        low: Lower end of the range, at most 0.
+        high: Upper end, at least 0, above `low`.
+        steps: Steps between the ends, 255 at 8 bits.
+
+    Returns:
+        The sum of squared errors.
+    """
     step = (high - low) / steps
     total = 0.0
     for i in range(counts.size):
@@ -250,12 +341,27 @@ def squared_error(counts: np.ndarray, centers: np.ndarray, low: float, high: flo
         total += counts[i] * (x - rounded) * (x - rounded)
     return total
 
-
+# %% ../../nbs/quant/01_kernels.ipynb #cell-54
 @kernel
 def least_error_range(
     counts: np.ndarray, centers: np.ndarray, low: float, high: float, steps: int, symmetric: bool, tries: int
 ) -> tuple[float, float]:
-    """Ends with the least `squared_error` among `tries` even parts of each of low..0 and 0..high (one part for both when `symmetric`). Source: ours, as in OMSE (Choukroun et al. 2019)."""
+    """Choose the ends with the least `squared_error` among even parts of low..0 and of 0..high.
+
+    Args:
+        counts: float64 [bins].
+        centers: Middle of each bin, float64 [bins].
+        low: Least value, at most 0.
+        high: Greatest value, at least 0.
+        steps: Steps between the ends.
+        symmetric: Whether both ends are cut by the same part.
+        tries: Number of parts of either side.
+
+    Returns:
+        (low, high).
+
+    Source: Choukroun et al. 2019 (OMSE).
+    """
     best_low, best_high = low, high
     least = squared_error(counts, centers, low, high, steps)
     if symmetric:
@@ -276,12 +382,18 @@ def least_error_range(
                 least, best_low = error, low * i / tries
     return best_low, best_high
 
-# %% ../../nbs/quant/01_kernels.ipynb #cell-41
+# %% ../../nbs/quant/01_kernels.ipynb #cell-57
 @kernel
 def shares(knots: np.ndarray, probabilities: np.ndarray, edges: np.ndarray, out: np.ndarray) -> None:
-    """Set out [images, cells] to the part of each image's values in [edges[c], edges[c + 1]).
+    """Estimate which part of each image's values lies in each cell.
 
-    knots [images, k] are ascending values with `probabilities` [k] (0 for the least, 1 for the greatest) below or at them; edges [cells + 1] ascend. Source: linear interpolation of the distribution function.
+    Args:
+        knots: Ascending values of each image's distribution, float64 [images, k].
+        probabilities: The part of the values below or at each knot, float64 [k]; 0 for the least, 1 for the greatest.
+        edges: Ascending edges of the cells, float64 [cells + 1].
+        out: Set to the parts in [edges[c], edges[c + 1]), float64 [images, cells].
+
+    Source: linear interpolation of the distribution function.
     """
     last = probabilities.size - 1
     for i in range(knots.shape[0]):
