@@ -9,7 +9,7 @@ __all__ = ['one_thread']
 import contextlib
 from collections.abc import Iterator
 
-# %% ../../nbs/core/06_seeds.ipynb #cell-5
+# %% ../../nbs/core/06_seeds.ipynb #cell-6
 @contextlib.contextmanager
 def one_thread(seed: int | None = None) -> Iterator[None]:
     """Torch on one thread inside the block, with deterministic algorithms when there is a seed.
@@ -17,7 +17,7 @@ def one_thread(seed: int | None = None) -> Iterator[None]:
     Tiny numbers count as zero inside: weights that vanish would make each step several times slower.
 
     Args:
-        seed: Of torch's random numbers inside the block; the caller's own stream goes on behind it. None leaves it alone.
+        seed: Of torch's random numbers inside the block; the caller's stream continues after it. None: no seed.
 
     Raises:
         RuntimeError: From torch, when a seed is given and an operator has no deterministic form.
