@@ -367,15 +367,16 @@ def test_foreign_and_hostile_files_are_refused(tmp_path, stats):
 
 
 WORKER = """
-import sys, time
+import os, sys, time
 import numpy as np
 from calib_nb.quant.observe import ObserveOptions, observe
-model, journal, calls = sys.argv[1:]
+model, journal, calls, hold = sys.argv[1:]
 images = list(np.random.default_rng(5).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
 def slow(bgr):
     with open(calls, "a") as f:
         f.write("x")
-    time.sleep(0.02)
+    while os.path.getsize(calls) >= 40 and os.path.exists(hold):
+        time.sleep(0.01)
     return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
 stats = observe(model, images, slow, journal=journal, options=ObserveOptions(save_every=5), progress=False)
 stats.save(journal + ".done")
@@ -384,21 +385,31 @@ print(len(stats.images))
 
 
 def start(model, tmp_path):
-    arguments = [sys.executable, "-c", WORKER, str(model), str(tmp_path / "journal.npz"), str(tmp_path / "calls")]
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
-    )
+    files = [str(tmp_path / name) for name in ("journal.npz", "calls", "hold")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(model), *files], **pipes, env=quiet)
+
+
+def wait_until(ready):
+    until = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_pass_goes_on_where_it_was(model, tmp_path, how):
-    process, calls = start(model, tmp_path), tmp_path / "calls"
-    until = time.monotonic() + 60
-    while (not calls.exists() or calls.stat().st_size < 30) and time.monotonic() < until:
-        time.sleep(0.01)
+    journal, calls, hold = (tmp_path / name for name in ("journal.npz", "calls", "hold"))
+    hold.touch()  # the fortieth image waits, so that the signal comes in the middle however slow the machine is
+    process = start(model, tmp_path)
+    wait_until(lambda: calls.exists() and calls.stat().st_size >= 40)
     process.send_signal(how)
-    process.communicate(timeout=30)
-    kept = len(read_stats(tmp_path / "journal.npz").images)
+    if how == signal.SIGINT:
+        wait_until(lambda: len(read_stats(journal).images) > 35)  # what was not yet saved is saved on the way out
+    hold.unlink()
+    process.communicate(timeout=60)
+    kept = len(read_stats(journal).images)
     assert 20 <= kept < 60
     calls.unlink()
     again = start(model, tmp_path)
