@@ -65,7 +65,7 @@ def test_real_photos_are_pixel_equal_to_opencv(real_data):
         assert np.array_equal(decode(path), cv2.imread(str(path), cv2.IMREAD_COLOR)), path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(derandomize=True, max_examples=60, deadline=None)
 @given(
     st.integers(1, 70),
     st.integers(1, 70),
@@ -244,16 +244,13 @@ def test_bombs_are_refused_from_the_header(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_in_other_formats(tmp_path):
     header = struct.pack("<2sIHHI", b"BM", 1000, 0, 0, 54) + struct.pack(
         "<IiiHHIIiiII", 40, 30_000, 30_000, 1, 24, 0, 0, 0, 0, 0, 0
     )
     assert reason(decode, write(tmp_path, "a.bmp", header + bytes(900))) == "too_large"
-    assert (
-        reason(decode, write(tmp_path, "b.webp", pillow_bytes(Image.new("L", (9_000, 8_000)).convert("RGB"), "WEBP")))
-        == "too_large"
-    )
+    webp = write(tmp_path, "b.webp", pillow_bytes(Image.new("L", (1_100, 1_000)).convert("RGB"), "WEBP"))
+    assert reason(decode, webp, max_megapixels=1) == "too_large"
 
 
 def test_a_png_that_claims_more_than_it_holds(tmp_path):
@@ -288,7 +285,7 @@ def test_named_reasons(tmp_path):
     assert reason(probe, write(tmp_path, "half.png", encode_png(picture())[:20])) == "truncated"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"]), st.data())
 def test_damaged_bytes_never_crash(tmp_path_factory, format, data):
     content = bytearray(pillow_bytes(rgb(), format))
@@ -302,7 +299,7 @@ def test_damaged_bytes_never_crash(tmp_path_factory, format, data):
         assert e.reason in ("truncated", "unreadable", "unsupported", "too_large")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(
     st.binary(max_size=300),
     st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"RIFF\0\0\0\0WEBP"]),
@@ -376,7 +373,7 @@ def test_find_says_what_is_there(tmp_path):
 # --- sheets
 
 
-@settings(max_examples=40, deadline=None)
+@settings(derandomize=True, max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12),
     st.integers(1, 5),

@@ -1,4 +1,4 @@
-"""The quality score: each metric answers to its own fault, copies score alike, bad files are named, runs resume bit for bit."""
+"""The quality score: each metric answers to its fault, copies score alike, bad files are named, runs resume exactly."""
 
 import functools
 import os
@@ -115,7 +115,7 @@ def test_quality_is_the_weighted_mean(photos):
         assert all(0 <= s[name] <= 100 for name in (*SCORE_METRICS, "quality"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from(["noise", "black", "white", "flat"])
 )
@@ -287,19 +287,10 @@ def test_table(folder):
     assert table[["quality"]].equals(pd.DataFrame({"quality": scores(table)["quality"]}))
 
 
-def test_the_same_table_for_any_workers_and_backend(folder):
-    tables = [score_folder(folder, workers=workers, progress=False) for workers in (1, 2, 7)]
-    rows = parallel_map(
-        functools.partial(measure_file, str(folder), 640),
-        find_images(folder),
-        backend="process",
-        workers=2,
-        progress=False,
-    )
-    by_process = pd.DataFrame(list(rows), columns=SCORE_COLUMNS)
-    by_process[[*SCORE_METRICS, "quality"]] = pd.DataFrame(scores(by_process))
-    for other in (*tables[1:], by_process):
-        pd.testing.assert_frame_equal(tables[0], other, check_exact=True)
+def test_the_same_table_for_any_number_of_workers(folder):
+    first, *others = (score_folder(folder, workers=workers, progress=False) for workers in (1, 2, 7))
+    for other in others:
+        pd.testing.assert_frame_equal(first, other, check_exact=True)
 
 
 def test_only_bad_files(tmp_path):
@@ -431,7 +422,7 @@ def test_real_photos_spread(real_data):
 
 @pytest.mark.slow
 def test_scoring_keeps_up_with_decoding(real_data):
-    """A guard against a slow metric, not the benchmark: half the rate of decoding even on a busy machine (measured: about two thirds)."""
+    """A guard against a slow metric, not the benchmark: half the rate of decoding, where two thirds were measured."""
     root = str(real_data / "lfw/images")
     paths = find_images(root)
 
