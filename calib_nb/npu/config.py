@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CALIBRATION_METHODS', 'TARGETS', 'COMPILER_EXTENSIONS', 'Side', 'Text', 'Positive', 'ConfigStep', 'Share', 'Rate',
            'Loader', 'Alpha', 'AlphaBeta', 'Samples', 'EnhancedScheme', 'QMaster', 'Ppu', 'CompilerConfig',
-           'read_config_json', 'load_config', 'save_config', 'check_method', 'generate_config', 'config_preprocess',
-           'dataset_folder', 'config_images']
+           'read_config_json', 'load_config', 'save_config', 'config_preprocess', 'dataset_folder', 'config_images',
+           'check_method', 'generate_config']
 
 # %% ../../nbs/npu/01_config.ipynb #cell-2
 import os
@@ -31,7 +31,7 @@ from ..data.operations import Operation, explain
 from ..data.preprocess import PRESETS, Preprocess, parse, preset
 from ..graph.contract import read_contract, single_input
 
-# %% ../../nbs/npu/01_config.ipynb #cell-7
+# %% ../../nbs/npu/01_config.ipynb #cell-9
 CALIBRATION_METHODS = ("ema", "minmax", "iqr", "kl", "percentile")
 TARGETS = {"npu": CALIBRATION_METHODS, "dx-com": ("ema", "minmax", "iqr")}
 COMPILER_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "JPG", "JPEG", "PNG")
@@ -42,7 +42,7 @@ class _Checked(BaseModel):
 
 
 def _step(entry: object) -> Operation:
-    """One entry of the preprocessing list; ValueError with a `fix`, for pydantic to collect. Source: ours."""
+    """One entry of the preprocessing list; ValueError with a `fix`, for pydantic to collect."""
     try:
         return parse(entry)
     except ConfigError as e:
@@ -58,21 +58,35 @@ ConfigStep = Annotated[Operation, PlainValidator(_step), PlainSerializer(lambda 
 
 
 class Loader(_Checked):
-    """Where the calibration images are, and how each becomes a tensor. `dataset_path` is resolved from the folder that the compiler runs in. Source: DX-COM manual."""
+    """Where the calibration images are, and how each becomes a tensor.
+
+    Args:
+        dataset_path: Folder, resolved from where the compiler runs.
+        file_extensions: Endings without a dot, compared exactly.
+        preprocessings: Steps in order.
+
+    Source: DX-COM manual.
+    """
 
     dataset_path: Text
     file_extensions: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     preprocessings: Annotated[tuple[ConfigStep, ...], Field(strict=False, max_length=64)]
 
-# %% ../../nbs/npu/01_config.ipynb #cell-10
+# %% ../../nbs/npu/01_config.ipynb #cell-14
 class Alpha(_Checked):
-    """DXQ-P0: strength of the enhancement. Source: DX-COM manual."""
+    """DXQ-P0: strength of the enhancement, 0 to 1.
+
+    Source: DX-COM manual.
+    """
 
     alpha: Annotated[float, Field(gt=0, lt=1)]
 
 
 class AlphaBeta(_Checked):
-    """DXQ-P2: search of the range between `alpha` and `beta` times the calibrated one. Source: DX-COM manual."""
+    """DXQ-P2: search of the range between `alpha` and `beta` times the calibrated one.
+
+    Source: DX-COM manual.
+    """
 
     alpha: Annotated[float, Field(gt=0, le=1e6)]
     beta: Annotated[float, Field(gt=0, le=1e6)]
@@ -86,7 +100,10 @@ class AlphaBeta(_Checked):
 
 
 class Samples(_Checked):
-    """DXQ-P3 to P5: fine-tuning of parameters on that many samples. Source: DX-COM manual."""
+    """DXQ-P3 to P5: fine-tuning of parameters on that many samples.
+
+    Source: DX-COM manual.
+    """
 
     num_samples: Positive = 1024
 
@@ -95,7 +112,10 @@ _or_switch = WrapValidator(lambda value, check: value if isinstance(value, bool)
 
 
 class EnhancedScheme(_Checked):
-    """The DXQ schemes, each with its numbers, or true or false. Source: DX-COM manual."""
+    """The DXQ schemes, each with its numbers, or true or false.
+
+    Source: DX-COM manual.
+    """
 
     p0: Annotated[Alpha | None, _or_switch, Field(alias="DXQ-P0")] = None
     p1: Annotated[bool | None, Field(alias="DXQ-P1")] = None
@@ -104,13 +124,18 @@ class EnhancedScheme(_Checked):
     p4: Annotated[Samples | None, _or_switch, Field(alias="DXQ-P4")] = None
     p5: Annotated[Samples | None, _or_switch, Field(alias="DXQ-P5")] = None
 
-
+# %% ../../nbs/npu/01_config.ipynb #cell-17
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
 Rate = Annotated[float, Field(gt=0, le=1e3)]
 
 
 class QMaster(_Checked):
-    """Hyper-parameters of quantization-aware training; every key is optional. Source: DX-COM manual, Quantization-Aware Training."""
+    """Hyper-parameters of quantization-aware training; every key is optional, and unknown ones are kept.
+
+    Source: DX-COM manual, "Quantization-Aware Training".
+    """
 
     model_config = ConfigDict(extra="allow")
     batch_size: Positive | None = None
@@ -144,7 +169,18 @@ class QMaster(_Checked):
 
 
 class Ppu(_Checked):
-    """Post-processing of detection models: type 0 with anchors, 1 without, 2 with TopK on the CPU; `layer` maps names of ONNX nodes. Source: DX-COM manual."""
+    """Post-processing of detection models.
+
+    Args:
+        type: 0 with anchors, 1 without, 2 with TopK on the CPU.
+        num_classes: Classes of the model.
+        layer: For type 0 anchors by ONNX node, else the nodes of boxes and scores.
+        conf_thres: Least confidence, 0 to 1.
+        activation: Operator behind the scores.
+        topk: Boxes that are kept.
+
+    Source: DX-COM manual.
+    """
 
     type: Literal[0, 1, 2]
     num_classes: Positive
@@ -164,9 +200,22 @@ class Ppu(_Checked):
             raise ValueError(f"layer of type {self.type} should look like {wanted}")
         return self
 
-# %% ../../nbs/npu/01_config.ipynb #cell-13
+# %% ../../nbs/npu/01_config.ipynb #cell-20
 class CompilerConfig(_Checked):
-    """The whole config; `inputs` maps the model's input name to its shape. Source: DX-COM manual, JSON File Configuration."""
+    """The whole config.
+
+    Args:
+        inputs: Shape [1, C, H, W] of the model's input by its name.
+        calibration_method: One of `CALIBRATION_METHODS`.
+        calibration_num: Number of samples.
+        default_loader: Images and preprocessing.
+        quantization_device: "cpu", "cuda" or "cuda:N".
+        enhanced_scheme: DXQ schemes.
+        qmaster: Quantization-aware training.
+        ppu: Post-processing of detections.
+
+    Source: DX-COM manual, "JSON File Configuration".
+    """
 
     inputs: Annotated[dict[Text, Annotated[tuple[Side, Side, Side, Side], Field(strict=False)]], Field(min_length=1)]
     calibration_method: Literal[CALIBRATION_METHODS]
@@ -177,13 +226,33 @@ class CompilerConfig(_Checked):
     qmaster: QMaster | None = None
     ppu: Ppu | None = None
 
+    @property
+    def images(self) -> list[Path]:
+        """The calibration images that a compiler started in the current folder would find, sorted."""
+        return config_images(self)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The callable from a BGR uint8 image [H, W, 3] to the model's tensor."""
+        return config_preprocess(self)
+
     def to_dict(self) -> dict:
         """The JSON object, without what is not set."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False)
 
-
+# %% ../../nbs/npu/01_config.ipynb #cell-22
 def read_config_json(path: str | Path) -> dict:
-    """The JSON object in the file at `path`; `ConfigError` when it is missing, larger than 4 MB, no JSON object, or holds NaN. Source: ours."""
+    """The JSON object in a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object, not checked further.
+
+    Raises:
+        ConfigError: It is missing, larger than 4 MB, no JSON object, or holds NaN.
+    """
     try:
         raw = read_json(path, max_mb=4)
     except (InputError, OSError) as e:
@@ -197,37 +266,130 @@ def read_config_json(path: str | Path) -> dict:
     return raw
 
 
-def load_config(path: str | Path) -> CompilerConfig:
-    """Read and check a config file; a `ConfigError` lists every fault of its form. Source: DX-COM manual."""
+def load_config(path: str | Path | CompilerConfig) -> CompilerConfig:
+    """Read and check a config.
+
+    Args:
+        path: The file, or a config, which is returned as it is.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: The text lists every fault of the file's form.
+    """
+    if isinstance(path, CompilerConfig):
+        return path
     raw = read_config_json(path)
     try:
         return CompilerConfig.model_validate(raw)
     except ValidationError as e:
-        found = [f"{f.where}: {f.what}" + (f" ({f.fix})" if f.fix else "") for f in explain(e, CompilerConfig)]
-        raise ConfigError(f"{path} has {len(found)} fault{'s' * (len(found) > 1)}: " + " | ".join(found)) from e
+        faults = [f"{f.where}: {f.what}" + (f" ({f.fix})" if f.fix else "") for f in explain(e, CompilerConfig)]
+        what = f"{path} has {len(faults)} fault{'s' * (len(faults) > 1)}: "
+        raise ConfigError(what + " | ".join(faults)) from e
 
 
 def save_config(config: CompilerConfig, path: str | Path) -> Path:
-    """Write `config` as JSON, whole or not at all; returns the path. Source: ours."""
+    """Write `config` as JSON, whole or not at all; returns the path."""
     return write_json(path, config.to_dict())
 
-# %% ../../nbs/npu/01_config.ipynb #cell-17
+# %% ../../nbs/npu/01_config.ipynb #cell-29
+def config_preprocess(config: CompilerConfig) -> Preprocess:
+    """The preprocessing chain of a config."""
+    return Preprocess(config.default_loader.preprocessings)
+
+
+def dataset_folder(config: CompilerConfig, base: str | Path | None = None, data_root: str | Path | None = None) -> Path:
+    """Where `dataset_path` leads.
+
+    Args:
+        config: The config.
+        base: Folder that the compiler runs in; default: the current one.
+        data_root: Folder that the path may not leave.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: There is none, or it lies outside `data_root`.
+    """
+    named, base = config.default_loader.dataset_path, Path(base or os.getcwd())
+    try:
+        folder = contained(data_root, base / named) if data_root is not None else (base / named)
+        exists = folder.is_dir()
+    except InputError as e:
+        what, fix = (
+            f"dataset_path '{named}' leads out of {data_root}",
+            "copy the images there, or name another --data-root",
+        )
+        raise ConfigError(what, expected="a folder inside it", fix=fix) from e
+    except (OSError, ValueError) as e:
+        what = f"dataset_path {named[:60]!r} is no usable path: {e}"
+        raise ConfigError(what, expected="a folder", fix="correct dataset_path") from e
+    if not exists:
+        fix = "correct dataset_path, or run from the folder that it starts from"
+        raise ConfigError(f"no such folder: '{named}', looked for in {base}", expected="a folder of images", fix=fix)
+    return folder
+
+
+def config_images(
+    config: CompilerConfig, base: str | Path | None = None, data_root: str | Path | None = None
+) -> list[Path]:
+    """The calibration images that the compiler would find.
+
+    Args:
+        config: The config.
+        base: Folder that the compiler runs in; default: the current one.
+        data_root: Folder that paths may not leave.
+
+    Returns:
+        Paths, sorted.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    folder, extensions = dataset_folder(config, base, data_root), config.default_loader.file_extensions
+    try:
+        names = find_images(folder, extensions=[f".{e.lstrip('.')}" for e in extensions])
+    except InputError as e:
+        raise ConfigError(e.what, fix=e.fix or "correct file_extensions") from e
+    exact = [folder / name for name in names if name.rsplit(".", 1)[-1] in extensions]
+    if not exact:
+        dotted = any(e.startswith(".") for e in extensions)
+        hint = f"write them as the files do, such as '{names[0].rsplit('.', 1)[-1]}'"
+        what = f"file_extensions {list(extensions)} match no file in '{config.default_loader.dataset_path}'"
+        fix = "write extensions without a dot" if dotted else hint
+        raise ConfigError(what, expected=f"some of its {len(names)} images", fix=fix)
+    return exact
+
+# %% ../../nbs/npu/01_config.ipynb #cell-38
 def check_method(method: str, target: str) -> str:
-    """`method` when the compiler `target` takes it; `ConfigError` that names "ema" otherwise. Source: DX-COM manual."""
+    """Whether a compiler takes a calibration method.
+
+    Args:
+        method: One of `CALIBRATION_METHODS`.
+        target: A key of `TARGETS`.
+
+    Returns:
+        `method`.
+
+    Raises:
+        ConfigError: The compiler does not take it.
+        InputError: The method or the target is unknown.
+
+    Source: DX-COM manual.
+    """
     require_known(target, TARGETS, "target")
     require_known(method, CALIBRATION_METHODS, "calibration method")
     if method not in TARGETS[target]:
-        raise ConfigError(
-            f"{target} does not take calibration_method '{method}'",
-            expected=" or ".join(TARGETS[target][:2]),
-            fix="the nearest is 'ema'",
-        )
+        what, expected = f"{target} does not take calibration_method '{method}'", " or ".join(TARGETS[target][:2])
+        raise ConfigError(what, expected=expected, fix="the nearest is 'ema'")
     return method
 
 
 def generate_config(
     model_type: str,
-    dataset_path: str | Path,
+    dataset_path: object,
     *,
     model: str | Path | None = None,
     input_name: str | None = None,
@@ -236,45 +398,36 @@ def generate_config(
     calibration_method: str = "ema",
     target: str = "npu",
 ) -> CompilerConfig:
-    """A config from the preset `model_type`. `input_size` is (width, height) in pixels; `dataset_path` is written as given.
+    """A config from a preset and, where given, an ONNX file.
 
-    Name and shape are read from the ONNX file `model`; `ConfigError` when what was typed differs, `ModelError` for a file that no compiler takes. Source: ours.
+    Args:
+        model_type: A key of `PRESETS`.
+        dataset_path: Folder of the calibration images, written as given, or what `prepare` returned.
+        model: ONNX file; input name and shape are read from it.
+        input_name: Name of the input, when there is no model.
+        input_size: Width and height in pixels, when there is no model.
+        calibration_num: Number of samples.
+        calibration_method: One of `CALIBRATION_METHODS`.
+        target: A key of `TARGETS`.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: What was typed differs from the model, or the target does not take the method.
+        ModelError: No compiler takes the file.
     """
     chosen = PRESETS[require_known(model_type, PRESETS, "model type")]
     check_method(calibration_method, target)
     if model is not None:
-        contract = read_contract(model)
-        spec = single_input(contract)
-        if contract.quantized:
-            raise ConfigError(
-                f"{model} is quantized already",
-                expected="the float model",
-                fix="give the compiler the model before quantization",
-            )
-        if input_name not in (None, spec.name):
-            raise ConfigError(
-                f"the input of {model} is '{spec.name}', not '{input_name}'",
-                fix=f"--input-name {spec.name}, or leave it out",
-            )
-        if spec.shape[1] != 3:
-            raise ConfigError(
-                f"{model} takes {list(spec.shape)}",
-                expected="3 channels, [1, 3, H, W]",
-                fix="the presets make colour tensors; write the config by hand",
-            )
-        if input_size is not None and tuple(input_size) != spec.shape[:1:-1]:
-            raise ConfigError(
-                f"{model} takes {spec.shape[3]}x{spec.shape[2]} pixels, not {input_size[0]}x{input_size[1]}",
-                fix="leave --input-size out",
-            )
-        input_name, input_size = spec.name, spec.shape[:1:-1]
+        input_name, input_size = _model_input(model, input_name, input_size)
     width, height = input_size or chosen.size
     raw = {
         "inputs": {input_name or "input": [1, 3, height, width]},
         "calibration_method": calibration_method,
         "calibration_num": calibration_num,
         "default_loader": {
-            "dataset_path": str(dataset_path),
+            "dataset_path": str(getattr(dataset_path, "path", dataset_path)),
             "file_extensions": list(COMPILER_EXTENSIONS),
             "preprocessings": preset(model_type, (width, height)).to_list(),
         },
@@ -282,61 +435,25 @@ def generate_config(
     try:
         return CompilerConfig.model_validate(raw)
     except ValidationError as e:
-        raise ConfigError(
-            "; ".join(f"{f.where}: {f.what}" for f in explain(e, CompilerConfig)), fix="mend the option"
-        ) from e
-
-# %% ../../nbs/npu/01_config.ipynb #cell-22
-def config_preprocess(config: CompilerConfig) -> Preprocess:
-    """The preprocessing chain of a config. Source: DX-COM manual."""
-    return Preprocess(config.default_loader.preprocessings)
+        faults = "; ".join(f"{f.where}: {f.what}" for f in explain(e, CompilerConfig))
+        raise ConfigError(faults, fix="correct the option") from e
 
 
-def dataset_folder(config: CompilerConfig, base: str | Path | None = None, data_root: str | Path | None = None) -> Path:
-    """Where `dataset_path` leads from `base` (default: the current folder); `ConfigError` when that is no folder, or lies outside `data_root`. Source: DX-COM manual."""
-    named, base = config.default_loader.dataset_path, Path(base or os.getcwd())
-    try:
-        folder = contained(data_root, base / named) if data_root is not None else (base / named)
-        found = folder.is_dir()
-    except InputError as e:
-        raise ConfigError(
-            f"dataset_path '{named}' leads out of {data_root}",
-            expected="a folder inside it",
-            fix="copy the images there, or name another --data-root",
-        ) from e
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"dataset_path {named[:60]!r} is no usable path: {e}", expected="a folder", fix="mend dataset_path"
-        ) from e
-    if not found:
-        raise ConfigError(
-            f"no such folder: '{named}', looked for in {base}",
-            expected="a folder of images",
-            fix="mend dataset_path, or run from the folder that it starts from",
-        )
-    return folder
-
-
-def config_images(
-    config: CompilerConfig, base: str | Path | None = None, data_root: str | Path | None = None
-) -> list[Path]:
-    """The calibration images that the compiler would find, sorted; `ConfigError` when there are none. `base` is the folder it runs in (default: the current one). Source: DX-COM manual."""
-    folder = dataset_folder(config, base, data_root)
-    extensions = config.default_loader.file_extensions
-    try:
-        names = find_images(folder, extensions=[f".{e.lstrip('.')}" for e in extensions])
-    except InputError as e:
-        raise ConfigError(f"{e.what}", fix=e.fix or "mend file_extensions") from e
-    exact = [folder / name for name in names if name.rsplit(".", 1)[-1] in extensions]
-    if not exact:
-        hint = (
-            "write extensions without a dot"
-            if any(e.startswith(".") for e in extensions)
-            else f"write them as the files do, such as '{names[0].rsplit('.', 1)[-1]}'"
-        )
-        raise ConfigError(
-            f"file_extensions {list(extensions)} match no file in '{config.default_loader.dataset_path}'",
-            expected=f"some of its {len(names)} images",
-            fix=hint,
-        )
-    return exact
+def _model_input(model: str | Path, name: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
+    """Name and (width, height) of a float model's only input; `ConfigError` when what was typed differs."""
+    contract = read_contract(model)
+    spec = single_input(contract)
+    if contract.quantized:
+        fix = "give the compiler the model before quantization"
+        raise ConfigError(f"{model} is already quantized", expected="the float model", fix=fix)
+    if name not in (None, spec.name):
+        fix = f"--input-name {spec.name}, or leave it out"
+        raise ConfigError(f"the input of {model} is '{spec.name}', not '{name}'", fix=fix)
+    if spec.shape[1] != 3:
+        fix = "the presets make colour tensors; write the config by hand"
+        raise ConfigError(f"{model} takes {list(spec.shape)}", expected="3 channels, [1, 3, H, W]", fix=fix)
+    _, _, height, width = spec.shape
+    if size is not None and tuple(size) != (width, height):
+        what = f"{model} takes {width}x{height} pixels, not {size[0]}x{size[1]}"
+        raise ConfigError(what, fix="leave --input-size out")
+    return spec.name, (width, height)
