@@ -21,13 +21,22 @@ import pandas as pd
 from ..core.errors import ImageError, InputError
 from ..core.parallel import parallel_map
 from ..core.run import atomic_file, versions
+from ..data.bins import require_columns
 from ..data.images import read_image_bytes
-from ..data.sample import require_columns
 from .ncdb import IMAGES, check_png, decode_depth, depth_variants, guess_scale, locate, read_split
 
 # %% ../../nbs/depth/03_metadata.ipynb #cell-8
 def count_values(raw: np.ndarray) -> np.ndarray:
-    """How often each number stands in a uint8 or uint16 array: int64 [largest + 1]. Source: OpenCV calcHist, exact below 2^24 pixels; numpy.bincount above."""
+    """How often each number occurs.
+
+    Args:
+        raw: uint8 or uint16 array of any shape.
+
+    Returns:
+        int64 [largest + 1].
+
+    Source: OpenCV calcHist, exact below 2^24 pixels; numpy.bincount above.
+    """
     if raw.size >= 2**24:
         return np.bincount(raw.ravel())
     size = int(cv2.minMaxLoc(raw)[1]) + 1
@@ -35,7 +44,16 @@ def count_values(raw: np.ndarray) -> np.ndarray:
 
 
 def depth_statistics(counts: np.ndarray, scale: float) -> dict[str, float]:
-    """mean, median, min, max, std (over n) of depth and p50, p90, p95, in m, of the pixels above 0 in `counts` of numbers, `scale` of them per metre. At least one is above 0. Source: numpy.mean, std, percentile (linear)."""
+    """Statistics of the pixels that have a depth, from their counts.
+
+    Args:
+        counts: How often each number occurs, at least one above 0.
+        scale: Numbers per metre.
+
+    Returns:
+        mean_depth, median_depth, min_depth, max_depth, std_depth (over n), p50, p90 and p95, in m; percentiles as
+        numpy.percentile has them (linear).
+    """
     values = np.flatnonzero(counts[1:]) + 1
     number = counts[values]
     total, below = number.sum(), np.cumsum(number)
@@ -56,12 +74,22 @@ def depth_statistics(counts: np.ndarray, scale: float) -> dict[str, float]:
     }
     return {name: float(value) for name, value in found.items()}
 
-# %% ../../nbs/depth/03_metadata.ipynb #cell-12
+# %% ../../nbs/depth/03_metadata.ipynb #cell-16
 SCENE_TYPES = ("indoor", "outdoor_near", "outdoor_far")
 
 
 def scene_type(mean_depth: float, thresholds: tuple[float, float] = (5.0, 15.0)) -> str:
-    """One of SCENE_TYPES: below the first threshold, below the second, or not; in m. Source: the NCDB guide."""
+    """A word for a mean depth.
+
+    Args:
+        mean_depth: In m.
+        thresholds: Where outdoor_near and outdoor_far begin, m.
+
+    Returns:
+        One of SCENE_TYPES.
+
+    Source: the NCDB guide.
+    """
     return SCENE_TYPES[sum(mean_depth >= limit for limit in thresholds)]
 
 
@@ -72,7 +100,18 @@ def measure_sample(
     thresholds: tuple[float, float],
     entry: tuple[str, str],
 ) -> dict:
-    """The row of `metadata` of an `entry` (dataset_root, filename), and the `scale` guessed for it; or {"reason", "detail"} when it cannot be used. Never raises for a bad sample. Source: ours."""
+    """The row of one entry, or why it has none; never raises for a bad sample.
+
+    Args:
+        root: Root of the data set.
+        variants: Folder names of depth maps, the preferred first.
+        scale: Numbers per metre; None: guessed.
+        thresholds: Of `scene_type`, m.
+        entry: (dataset_root, filename).
+
+    Returns:
+        The columns of `metadata` and the guessed `scale`; or "reason" and "detail".
+    """
     try:
         sample = locate(root, *entry, variants)
         picture = _judge("image", lambda: check_png(sample.image, read_image_bytes(sample.image), checksums=False))
@@ -113,7 +152,7 @@ def _judge(which: str, read):
     except (OSError, cv2.error, MemoryError) as e:
         raise ImageError(str(e), reason=f"unreadable {which}") from e
 
-# %% ../../nbs/depth/03_metadata.ipynb #cell-15
+# %% ../../nbs/depth/03_metadata.ipynb #cell-22
 TEXTS = ("dataset_root", "filename", "image_path", "depth_path", "depth_variant", "scene_type")
 METADATA_COLUMNS = (
     *TEXTS[:5],
@@ -135,10 +174,13 @@ METADATA_COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """What `metadata` found, in the order of the split file.
+    """What `metadata` measured, in the order of the split file.
 
-    table: one row per usable sample with the columns COLUMNS: depths in m over the pixels above 0; paths relative to the root. rejected: dataset_root, filename, reason, detail, indexed by the entry's number from 0.
-    doubtful: dataset_root, filename, scale and max_depth of the samples whose guessed scale is not that of most. Source: ours.
+    Args:
+        table: One row per usable sample with the columns METADATA_COLUMNS: depths in m over the pixels above 0, paths
+            relative to the root.
+        rejected: dataset_root, filename, reason, detail, indexed by the entry's number from 0.
+        doubtful: dataset_root, filename, scale and max_depth of the samples whose guessed scale is not that of most.
     """
 
     table: pd.DataFrame
@@ -157,10 +199,23 @@ def metadata(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Metadata:
-    """Measure every entry of a split (`split_file`, relative to `root`) of an NCDB data set.
+    """Measure every entry of a split of an NCDB data set.
 
-    variants: see `depth_variants`. scale: numbers per metre of all depth maps (None: guessed per file, see `guess_scale`). thresholds: between the scene types, m. workers: threads (default: all cores). journal: a file from which a killed run goes on.
-    The table does not depend on the last two. InputError when the root or the split cannot be read, or no entry is there. Source: ours.
+    Args:
+        root: Root of the data set.
+        split_file: Relative to the root.
+        variants: See `depth_variants`.
+        scale: Numbers per metre of all depth maps; None: guessed per file, see `guess_scale`.
+        thresholds: Between the scene types, m.
+        workers: Threads (default: all cores).
+        journal: A file from which a killed run goes on.
+        progress: Show a bar.
+
+    Returns:
+        The table, the rejected and the doubtful samples; they do not depend on `workers` and `journal`.
+
+    Raises:
+        InputError: The root or the split cannot be read, or the split lists nothing.
     """
     root, names, thresholds = Path(root), depth_variants(variants), tuple(map(float, thresholds))
     if not root.is_dir():
@@ -223,9 +278,17 @@ def _entry_key(root: Path, variants: tuple[str, ...], entry: tuple[str, str]) ->
             stats.append("-")
     return "|".join([*entry, *stats])
 
-# %% ../../nbs/depth/03_metadata.ipynb #cell-20
+# %% ../../nbs/depth/03_metadata.ipynb #cell-31
 def save_metadata(found: Metadata, path: str | Path) -> Path:
-    """Write `found.table` as CSV, and STEM.rejected.csv beside it with the other entries (reason, detail); returns the path. Source: ours."""
+    """Write the table as CSV, and STEM.rejected.csv beside it.
+
+    Args:
+        found: What `metadata` returned.
+        path: The CSV.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
     for target, table in (
         (path, found.table),
@@ -237,7 +300,17 @@ def save_metadata(found: Metadata, path: str | Path) -> Path:
 
 
 def load_metadata(path: str | Path) -> pd.DataFrame:
-    """The table that `save_metadata` wrote; InputError when the file is missing, no CSV, lacks a column or names a frame twice. Source: pandas.read_csv."""
+    """Read the table that `save_metadata` wrote.
+
+    Args:
+        path: The CSV.
+
+    Returns:
+        The table, equal to the one that was written.
+
+    Raises:
+        InputError: The file is missing, is not CSV, lacks a column or names a frame twice.
+    """
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False)
     except FileNotFoundError as e:
@@ -251,7 +324,7 @@ def load_metadata(path: str | Path) -> pd.DataFrame:
         )
     except ValueError as e:
         raise InputError(
-            f"{path}: {e}", expected="numbers in the columns of numbers", fix="write it anew: calib-nb depth metadata"
+            f"{path}: {e}", expected="numbers in the columns of numbers", fix="write it again: calib-nb depth metadata"
         ) from e
     if (twice := table[table.duplicated(["dataset_root", "filename"])]).size:
         raise InputError(
@@ -262,7 +335,15 @@ def load_metadata(path: str | Path) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """mean, std (n - 1), min, q25, median, q75, max over samples of their mean_depth, median_depth, max_depth (m) and valid_share (of the pixels). Source: pandas."""
+    """Distribution over samples of their depths and their share of valid pixels.
+
+    Args:
+        table: As `metadata` gives it.
+
+    Returns:
+        Rows mean_depth, median_depth, max_depth (m) and valid_share; columns mean, std (n - 1), min, q25, median,
+        q75, max.
+    """
     columns = table[["mean_depth", "median_depth", "max_depth"]].assign(
         valid_share=table["valid_pixels"] / table["total_pixels"]
     )
@@ -270,7 +351,12 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Samples and their share for each value of a column, most first. Source: pandas."""
+    """Samples and their share for each value of a column, most first.
+
+    Args:
+        table: As `metadata` gives it.
+        column: Its name.
+    """
     require_columns(table, column)
     counts = table[column].value_counts()
     return pd.DataFrame(
