@@ -12,11 +12,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from calib_nb.core.errors import CheckFailed, ConfigError, InputError
+from calib_nb.graph.build import network
 from calib_nb.npu.compile import TOOLCHAINS, compile_model, read_toolchain
 from calib_nb.npu.config import generate_config, save_config
 
@@ -26,42 +25,47 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     os.makedirs("bin")
-    os.makedirs("my photos")
+    os.makedirs("my images")
     for i in range(4):
-        cv2.imwrite(f"my photos/{i}.jpg", np.zeros((8, 8, 3), np.uint8))
-    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 32, 32]) for n, c in (("input", 3), ("out", 2))]
-    graph = helper.make_graph([helper.make_node("Conv", ["input", "w"], ["out"])], "g", ends[:1], ends[1:], [weight])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "my model.onnx")
-    save_config(generate_config("yunet", "my photos", model="my model.onnx", calibration_num=3), "c.json")
+        cv2.imwrite(f"my images/{i}.jpg", np.zeros((8, 8, 3), np.uint8))
+    weight = np.ones((2, 3, 1, 1))
+    network("out = Conv (input, w)", inputs={"input": (1, 3, 32, 32)}, w=weight).save("my model.onnx")
+    save_config(generate_config("yunet", "my images", model="my model.onnx", calibration_num=3), "c.json")
     return tmp_path
 
 
 def stand_in(body, name="dxcom"):
-    Path("bin", name).write_text(
-        f"#!{sys.executable}\nimport json, os, sys, time\nargs = sys.argv[1:]\nout = args[args.index('-o') + 1] if '-o' in args else args[args.index('--output') + 1]\n{body}\n"
-    )
+    head = "import json, os, sys, time\nargs = sys.argv[1:]"
+    out = "out = args[args.index('-o' if '-o' in args else '--output') + 1]"
+    Path("bin", name).write_text(f"#!{sys.executable}\n{head}\n{out}\n{body}\n")
     Path("bin", name).chmod(0o755)
 
 
-WRITE = "print('compiling', args)\nprint('a warning', file=sys.stderr)\nopen(os.path.join(out, 'model.dxnn'), 'w').write('binary')"
+WRITE = """print('compiling', args)
+print('a warning', file=sys.stderr)
+open(os.path.join(out, 'model.dxnn'), 'w').write('binary')"""
 
 
-def test_without_the_compiler_its_command_line_is_told(place):
-    done = compile_model("my model.onnx", "c.json", "out")
+def test_without_the_compiler_its_command_line_is_the_answer(place):
+    compilation = compile_model("my model.onnx", "c.json", "out")
     assert (
-        not done.ran
-        and done.exit_code == 0
-        and done.command == "dxcom -m 'my model.onnx' -c c.json -o out"
+        not compilation.ran
+        and compilation.exit_code == 0
+        and compilation.command == "dxcom -m 'my model.onnx' -c c.json -o out"
         and not Path("out").exists()
     )
-    assert shlex.split(done.command)[2] == "my model.onnx"
+    assert shlex.split(compilation.command)[2] == "my model.onnx"
 
 
 def test_with_the_compiler(place):
     stand_in(WRITE)
-    done = compile_model("my model.onnx", "c.json", "out")
-    assert done.ran and done.exit_code == 0 and done.files == ("model.dxnn",) and done.problem == ""
+    compilation = compile_model("my model.onnx", "c.json", "out")
+    assert (
+        compilation.ran
+        and compilation.exit_code == 0
+        and compilation.files == ("model.dxnn",)
+        and compilation.problem == ""
+    )
     log = Path("out/compile.log").read_text()
     assert "'-m', 'my model.onnx', '-c', 'c.json', '-o'" in log and "a warning" in log
     manifest = json.loads(Path("out/manifest.json").read_text())
@@ -69,7 +73,7 @@ def test_with_the_compiler(place):
     assert (
         set(manifest["outputs"]) == {"model.dxnn", "compile.log"}
         and manifest["steps"][0]["seconds"] >= 0
-        and manifest["parameters"]["command"] == done.command
+        and manifest["parameters"]["command"] == compilation.command
     )
     assert compile_model("my model.onnx", "c.json", "out").exit_code == 0  # its own result may be replaced
     assert not compile_model("my model.onnx", "c.json", "out", run=False).ran
@@ -86,11 +90,11 @@ def test_with_the_compiler(place):
 )
 def test_exit_codes_are_passed_on_and_nothing_is_left(place, body, code):
     stand_in(f"print('before')\nsys.stdout.flush()\n{body}")
-    done = compile_model("my model.onnx", "c.json", "out")
+    compilation = compile_model("my model.onnx", "c.json", "out")
     assert (
-        (done.exit_code, done.files, done.manifest) == (code, (), None)
-        and "before" in done.log.read_text()
-        and done.problem
+        (compilation.exit_code, compilation.files, compilation.manifest) == (code, (), None)
+        and "before" in compilation.log.read_text()
+        and compilation.problem
     )
     assert not Path("out").exists() and not list(place.glob(".*partial"))
 
@@ -107,12 +111,11 @@ def test_a_failed_run_leaves_the_older_result(place):
 
 
 def test_too_long_ends_the_whole_group(place):
-    stand_in(
-        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))\ntime.sleep(60)"
-    )
+    child = "child = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))"
+    stand_in(f"import subprocess\n{child}\ntime.sleep(60)")
     start = time.perf_counter()
-    done = compile_model("my model.onnx", "c.json", "out", timeout_s=2)
-    assert done.exit_code == 124 and time.perf_counter() - start < 8
+    compilation = compile_model("my model.onnx", "c.json", "out", timeout_s=2)
+    assert compilation.exit_code == 124 and time.perf_counter() - start < 8
     assert not _alive(int(Path("child").read_text()))
 
 
@@ -143,20 +146,22 @@ def test_nothing_goes_through_a_shell(place):
     stand_in("open(os.path.join(out, 'args.json'), 'w').write(json.dumps(args))")
     nasty = "x; touch owned $(touch owned) `touch owned`.onnx"
     os.rename("my model.onnx", nasty)
-    done = compile_model(nasty, "c.json", "out")
+    compilation = compile_model(nasty, "c.json", "out")
     assert (
-        done.exit_code == 0 and not Path("owned").exists() and json.loads(Path("out/args.json").read_text())[1] == nasty
+        compilation.exit_code == 0
+        and not Path("owned").exists()
+        and json.loads(Path("out/args.json").read_text())[1] == nasty
     )
 
 
-def test_a_toolchain_of_ones_own(place):
+def test_a_toolchain_from_a_file(place):
     Path("mine.yaml").write_text(
         TOOLCHAINS["generic"].replace("npu-compiler", "my-npu").replace("name: generic", "name: mine")
     )
-    told = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
-    options = dict(zip(*[iter(shlex.split(told.command)[1:])] * 2))
+    compilation = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
+    options = dict(zip(*[iter(shlex.split(compilation.command)[1:])] * 2))
     assert (
-        not told.ran
+        not compilation.ran
         and options["--num-samples"] == "3"
         and Path(options["--calibration-dir"]).is_dir()
         and options["--method"] == "ema"
@@ -168,8 +173,8 @@ def test_a_toolchain_of_ones_own(place):
     ]
     assert "resize" in json.loads(Path(options["--preprocessing"]).read_text())[0]
     stand_in(WRITE, "my-npu")
-    done = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
-    assert done.files == ("model.dxnn",) and done.command.startswith("my-npu --model 'my model.onnx'")
+    compilation = compile_model("my model.onnx", "c.json", "out", toolchain="mine.yaml")
+    assert compilation.files == ("model.dxnn",) and compilation.command.startswith("my-npu --model 'my model.onnx'")
 
 
 @pytest.mark.parametrize(

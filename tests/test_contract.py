@@ -6,35 +6,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
+from calib_nb.graph.build import network
 from calib_nb.graph.contract import fix_batch, open_session, read_contract, single_input
 
-FLOAT = TensorProto.FLOAT
+
+def conv_graph(shape=("n", 3, 16, 16), **inputs):
+    """A convolution and a ReLU on "image"; further `inputs` by name and shape."""
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3))
+    text = "y = Conv <pads = [1, 1, 1, 1]> (image, w); out = Relu (y)"
+    return network(text, inputs={"image": shape, **inputs}, w=weight)
 
 
-def save(path, nodes, inputs, outputs, weights=(), **options):
-    values = [[helper.make_tensor_value_info(n, t, s) for n, t, s in part] for part in (inputs, outputs)]
-    graph = helper.make_graph(nodes, "g", *values, [numpy_helper.from_array(w, n) for n, w in weights])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path, **options)
-    return path
-
-
-def conv(path, shape=("n", 3, 16, 16), extra_inputs=(), **options):
-    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["y"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["y"], ["out"]),
-    ]
-    return save(
-        path,
-        nodes,
-        [("image", FLOAT, shape), *extra_inputs],
-        [("out", FLOAT, [shape[0], 4, *shape[2:]])],
-        [("w", weight)],
-        **options,
-    )
+def conv(path, shape=("n", 3, 16, 16), **inputs):
+    return conv_graph(shape, **inputs).save(path)
 
 
 def test_every_truncation_is_refused_or_still_a_model(tmp_path):
@@ -89,7 +75,8 @@ def test_a_huge_file_is_refused_at_once(tmp_path, first):
 
 
 def test_external_weights_must_be_there_whole_and_near(tmp_path):
-    conv(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = conv_graph().model
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     assert read_contract(tmp_path / "m.onnx").external_data == ("w.bin",)
     weights = (tmp_path / "w.bin").read_bytes()
     (tmp_path / "w.bin").write_bytes(weights[:-1])
@@ -107,7 +94,7 @@ def test_external_weights_must_be_there_whole_and_near(tmp_path):
 
 
 def test_initializers_listed_as_inputs_do_not_count(tmp_path):
-    path = conv(tmp_path / "m.onnx", (1, 3, 16, 16), extra_inputs=[("w", FLOAT, [4, 3, 3, 3])])
+    path = conv(tmp_path / "m.onnx", (1, 3, 16, 16), w=(4, 3, 3, 3))
     assert single_input(read_contract(path)).name == "image" and read_contract(path).parameters == 108
 
 
@@ -140,12 +127,7 @@ def test_quantized_models_are_recognised(tmp_path):
     ],
 )
 def test_open_shapes_are_refused_with_the_line_that_fixes_them(tmp_path, shape, message):
-    path = save(
-        tmp_path / "my model.onnx",
-        [helper.make_node("Relu", ["image"], ["out"])],
-        [("image", FLOAT, shape)],
-        [("out", FLOAT, shape)],
-    )
+    path = network("out = Relu (image)", inputs={"image": shape}).save(tmp_path / "my model.onnx")
     with pytest.raises(ModelError, match=message) as caught:
         single_input(read_contract(path))
     if "run:" in str(caught.value):
@@ -154,40 +136,29 @@ def test_open_shapes_are_refused_with_the_line_that_fixes_them(tmp_path, shape, 
 
 @pytest.mark.parametrize("batch", ["n", "", 8])
 def test_fix_batch_gives_the_same_answer(tmp_path, batch):
-    path = conv(tmp_path / "m.onnx", (batch or None, 3, 16, 16))
-    done = fix_batch(path, tmp_path / "b1.onnx")
-    assert single_input(read_contract(done)).shape == (1, 3, 16, 16) and read_contract(done).outputs[0].shape == (
+    path = conv(tmp_path / "m.onnx", (batch or "?", 3, 16, 16))
+    fixed = fix_batch(path, tmp_path / "b1.onnx")
+    assert single_input(read_contract(fixed)).shape == (1, 3, 16, 16) and read_contract(fixed).outputs[0].shape == (
         1,
         4,
         16,
         16,
     )
-    onnx.checker.check_model(onnx.load(done), full_check=True)
+    onnx.checker.check_model(onnx.load(fixed), full_check=True)
     image = np.random.default_rng(1).normal(size=(1, 3, 16, 16)).astype(np.float32)
     feed = {"image": image.repeat(8, 0) if batch == 8 else image}
     assert np.allclose(
-        open_session(path).run(None, feed)[0][:1], open_session(done).run(None, {"image": image})[0], atol=1e-6
+        open_session(path).run(None, feed)[0][:1], open_session(fixed).run(None, {"image": image})[0], atol=1e-6
     )
 
 
 def test_fix_batch_refuses_a_graph_that_computes_with_its_batch(tmp_path):
-    shape = numpy_helper.from_array(np.array([8, -1]), "s")
-    graph = helper.make_graph(
-        [helper.make_node("Reshape", ["image", "s"], ["out"])],
-        "g",
-        [helper.make_tensor_value_info("image", FLOAT, [8, 3, 4, 4])],
-        [helper.make_tensor_value_info("out", FLOAT, [8, 48])],
-        [shape],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    fixed = network("out = Reshape (image, s)", inputs={"image": (8, 3, 4, 4)}, s=[8, -1])
+    fixed.save(tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="export it|export the model"):
         fix_batch(tmp_path / "m.onnx", tmp_path / "b1.onnx")
-    mean = save(
-        tmp_path / "mean.onnx",
-        [helper.make_node("ReduceSum", ["image"], ["out"], keepdims=0)],
-        [("image", FLOAT, [2, 3, 4, 4])],
-        [("out", FLOAT, [])],
-    )
+    total = network("out = ReduceSum <keepdims = 0> (image)", inputs={"image": (2, 3, 4, 4)})
+    mean = total.save(tmp_path / "mean.onnx")
     with pytest.raises(ModelError, match="changes when the shape is fixed"):
         fix_batch(mean, tmp_path / "b1.onnx")
     assert not (tmp_path / "b1.onnx").exists()
@@ -200,12 +171,8 @@ def test_sessions_have_the_threads_that_were_asked_for(tmp_path):
     assert session.get_session_options().intra_op_num_threads == 1 and session.get_providers() == [
         "CPUExecutionProvider"
     ]
-    unknown = save(
-        tmp_path / "u.onnx",
-        [helper.make_node("NoSuchOperator", ["image"], ["out"])],
-        [("image", FLOAT, [1])],
-        [("out", FLOAT, [1])],
-    )
+    unknown = tmp_path / "u.onnx"
+    onnx.save(network("out = NoSuchOperator (image)", inputs={"image": ("n",)}).model, unknown)
     with pytest.raises(ModelError, match="ONNX Runtime cannot open"):
         open_session(unknown)
     assert onnxruntime.__version__

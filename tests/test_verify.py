@@ -2,42 +2,38 @@
 
 import cv2
 import numpy as np
-import onnx
 import pandas as pd
 import pytest
-from onnx import TensorProto, helper
 
 from calib_nb.core.errors import ConfigError, InputError, ModelError
 from calib_nb.data.preprocess import preset
+from calib_nb.graph.build import network
 from calib_nb.graph.contract import fix_batch
 from calib_nb.npu.config import CompilerConfig, generate_config, save_config
 from calib_nb.npu.verify import verify
 
 
 @pytest.fixture
-def photos(tmp_path):
-    (tmp_path / "photos").mkdir()
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(8):
         cv2.imwrite(
-            str(tmp_path / "photos" / f"{i}.png"),
+            str(tmp_path / "images" / f"{i}.png"),
             cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC),
         )
-    return tmp_path / "photos"
+    return tmp_path / "images"
 
 
 def one_node(path, operator, size=112):
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, size, size]) for n in ("input", "out")]
-    graph = helper.make_graph([helper.make_node(operator, ["input"], ["out"])], "g", ends[:1], ends[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return network(f"out = {operator} (input)", inputs={"input": (1, 3, size, size)}).save(path)
 
 
-def test_numbers_are_those_of_numpy(photos):
-    result = verify(generate_config("resnet-tags", photos, calibration_num=8), num_samples=8, progress=False)
+def test_numbers_are_those_of_numpy(images):
+    result = verify(generate_config("resnet-tags", images, calibration_num=8), num_samples=8, progress=False)
     assert result.passed and len(result.table) == 8 and result.pictures == [] and result.samples == []
     for _, row in result.table.iterrows():
-        image = cv2.resize(cv2.imread(str(photos / row["image"])), (224, 224))[..., ::-1] / 255
+        image = cv2.resize(cv2.imread(str(images / row["image"])), (224, 224))[..., ::-1] / 255
         for i, name in enumerate("RGB"):
             plane = (image[..., i] - [0.485, 0.456, 0.406][i]) / [0.229, 0.224, 0.225][i]
             assert np.allclose(
@@ -48,15 +44,15 @@ def test_numbers_are_those_of_numpy(photos):
         assert row["shape"] == "[1, 3, 224, 224]" and row["dtype"] == "float32" and row["time_ms"] > 0
 
 
-def test_the_seed_chooses(photos):
-    config = generate_config("yunet", photos, calibration_num=8)
+def test_the_seed_chooses(images):
+    config = generate_config("yunet", images, calibration_num=8)
     chosen = [verify(config, num_samples=3, seed=seed, progress=False).table["image"].tolist() for seed in (1, 1, 2, 3)]
     assert chosen[0] == chosen[1] and len({tuple(c) for c in chosen}) > 1
     assert len(verify(config, num_samples=100, progress=False).table) == 8
 
 
-def test_pictures_and_tables_are_written(photos, tmp_path):
-    path = save_config(generate_config("edgeface", photos, calibration_num=8), tmp_path / "c.json")
+def test_pictures_and_tables_are_written(images, tmp_path):
+    path = save_config(generate_config("edgeface", images, calibration_num=8), tmp_path / "c.json")
     result = verify(
         path,
         num_samples=2,
@@ -74,15 +70,15 @@ def test_pictures_and_tables_are_written(photos, tmp_path):
     assert pd.read_csv(tmp_path / "out" / "checks.csv")["passed"].all() and (tmp_path / "out" / "findings.csv").exists()
 
 
-def test_another_folder_can_stand_in(photos, tmp_path):
+def test_another_folder_can_stand_in(images, tmp_path):
     config = generate_config("edgeface", "on/the/other/machine", calibration_num=500)
     with pytest.raises(ConfigError, match="no such folder"):
         verify(config, progress=False)
-    assert verify(config, dataset_path=photos, progress=False).passed
+    assert verify(config, dataset_path=images, progress=False).passed
 
 
-def test_failures_are_named(photos, tmp_path):
-    config = generate_config("edgeface", photos, calibration_num=8)
+def test_failures_are_named(images, tmp_path):
+    config = generate_config("edgeface", images, calibration_num=8)
     raw = config.to_dict()
     steps = raw["default_loader"]["preprocessings"]
 
@@ -113,11 +109,11 @@ def test_failures_are_named(photos, tmp_path):
     assert not flat.passed and flat.table["model_problem"].str.contains("does not run").all() and len(flat.samples) == 5
 
 
-def test_an_unreadable_image_is_a_row(photos):
-    for path in photos.iterdir():
+def test_an_unreadable_image_is_a_row(images):
+    for path in images.iterdir():
         path.write_bytes(path.read_bytes()[:300])
-    (photos / "ok.png").write_bytes(cv2.imencode(".png", np.full((40, 40, 3), 9, np.uint8))[1].tobytes())
-    result = verify(generate_config("yunet", photos, calibration_num=9), num_samples=9, progress=False, visualize=True)
+    (images / "ok.png").write_bytes(cv2.imencode(".png", np.full((40, 40, 3), 9, np.uint8))[1].tobytes())
+    result = verify(generate_config("yunet", images, calibration_num=9), num_samples=9, progress=False, visualize=True)
     assert (
         not result.passed
         and (result.table["problem"] != "").sum() == 8
@@ -126,14 +122,15 @@ def test_an_unreadable_image_is_a_row(photos):
     )
 
 
-def test_bad_options(photos, tmp_path):
-    config = generate_config("yunet", photos, calibration_num=8)
+def test_bad_options(images, tmp_path):
+    config = generate_config("yunet", images, calibration_num=8)
     for wrong in (
         {"num_samples": 0},
         {"model_type": "yolo"},
         {"model": tmp_path / "none.onnx"},
         {"dataset_path": tmp_path / "none"},
         {"data_root": tmp_path / "other"},
+        {"sed": 1},
     ):
         with pytest.raises((InputError, ModelError)):
             verify(config, progress=False, **wrong)
