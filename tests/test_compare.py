@@ -1,13 +1,11 @@
 """Comparing models: the statistics against SciPy and closed forms, and what a comparison refuses."""
 
 import numpy as np
-import onnx
 import pandas as pd
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.analysis.compare import (
     AgreementTask,
@@ -19,32 +17,21 @@ from calib_nb.analysis.compare import (
     paired_bootstrap,
     plot_comparison,
     run_model,
-    similarity,
     verdict,
 )
 from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.similarity import similarity
+from calib_nb.graph.build import network
 from calib_nb.graph.contract import open_session
 
+fixed = settings(derandomize=True)
 finite = st.floats(-1e3, 1e3, allow_subnormal=False)
 
 
 def linear(path, weight, bias=0.0):
-    """output = flatten(input) @ weight + bias, for an input of 1x3x4x4."""
-    nodes = [helper.make_node("Flatten", ["input"], ["f"]), helper.make_node("Gemm", ["f", "w", "b"], ["output"])]
-    values = [
-        helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 4, 4]),
-        helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, weight.shape[1]]),
-    ]
-    tensors = {"w": weight, "b": np.full(weight.shape[1], bias)}
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        values[:1],
-        values[1:],
-        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in tensors.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    """output = flatten(input) @ weight + bias, for an input of 1x3x4x4, as a file."""
+    text, constants = "f = Flatten (input); output = Gemm (f, w, b)", {"w": weight, "b": np.full(weight.shape[1], bias)}
+    return network(text, inputs={"input": (1, 3, 4, 4)}, **constants).save(path)
 
 
 def scale(bgr):
@@ -85,6 +72,7 @@ def frames(seed, n=120, gap=0.1):
     return pd.DataFrame({"score": shared}), pd.DataFrame({"score": shared - gap + rng.normal(0, 0.3, n)})
 
 
+@fixed
 @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=20))
 def test_similarity_is_bounded_and_full_for_equal_tensors(pairs):
     x, y = np.array(pairs).T
@@ -92,6 +80,7 @@ def test_similarity_is_bounded_and_full_for_equal_tensors(pairs):
     assert -1 <= cosine <= 1 and -120 <= sqnr_db <= 120 and similarity(x, x) == (1.0, 120.0)
 
 
+@fixed
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=20), st.floats(0.01, 0.9))
 def test_sqnr_of_a_scaled_tensor_is_known(values, error):
     cosine, sqnr_db = similarity(np.array(values), np.array(values) * (1 + error))
@@ -159,7 +148,7 @@ def test_seed_decides_the_interval():
         paired_bootstrap(Score(), a[:0], b[:0])
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_mcnemar_is_the_exact_binomial(pairs):
     before, after = np.array(pairs).T
@@ -169,6 +158,7 @@ def test_mcnemar_is_the_exact_binomial(pairs):
     assert np.isclose(p, min(1, 2 * scipy.stats.binom.cdf(k, n, 0.5)) if n else 1)
 
 
+@fixed
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(-1, 1))
 def test_the_verdict_follows_the_interval(value, below, above, budget):
     drop = Drop(value, value - below, value + above)
@@ -206,6 +196,7 @@ def test_a_comparison_has_its_columns(models, task):
         "within budget",
         "over budget",
     ]
+    assert not comparison.passed
     assert (
         comparison.table.threads.eq(2).all()
         and comparison.table.latency_ms.gt(0).all()
@@ -226,13 +217,13 @@ def test_agreement_takes_the_worst_output():
     assert list(maps.columns) == ["cosine", "sqnr_db"]  # no top-1 for feature maps
 
 
-def test_nan_is_an_error_that_names_the_photo(models, tmp_path, task):
+def test_nan_is_an_error_that_names_the_image(models, tmp_path, task):
     import cv2
 
-    cv2.imwrite(str(tmp_path / "photo.png"), task.samples[0])
+    cv2.imwrite(str(tmp_path / "image.png"), task.samples[0])
     broken = linear(tmp_path / "nan.onnx", np.ones((48, 6)), bias=np.nan)
-    with pytest.raises(ModelError, match="sample photo.png: output 'output' holds NaN"):
-        run_model(open_session(broken), AgreementTask([tmp_path / "photo.png"], scale), progress=False)
+    with pytest.raises(ModelError, match="sample image.png: output 'output' holds NaN"):
+        run_model(open_session(broken), AgreementTask([tmp_path / "image.png"], scale), progress=False)
     with pytest.raises(ModelError, match="sample number 0"):
         compare_models(models["float"], {"broken": broken}, task, progress=False)
 

@@ -1,6 +1,7 @@
-"""The diagnosis of INT8 files, ours and ONNX Runtime's: numbers against an oracle, a planted fault, files that do not belong together, the command."""
+"""The diagnosis of INT8 files, ours and ONNX Runtime's: an oracle, a planted fault, two models, the command."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from calib_nb.analysis.diagnose import Thresholds, diagnose_model, diagnosis_page, plot_diagnosis
-from calib_nb.analysis.match import pair
+from calib_nb.analysis.match import match_models
 from calib_nb.core.errors import InputError, ModelError
+from calib_nb.core.similarity import similarity
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import preset
+from calib_nb.graph import build
 from calib_nb.graph.contract import fix_batch
 from calib_nb.graph.model import load_graph
 from calib_nb.graph.simplify import simplify
@@ -26,43 +29,50 @@ from calib_nb.quant.recipe import auto
 quantization = pytest.importorskip("onnxruntime.quantization")
 
 
+TEXT = """c1 = Conv <pads = [1, 1, 1, 1]> (input, w1)
+    n1 = BatchNormalization (c1, gamma, beta, mean, var)
+    r1 = Relu (n1)
+    c2 = Conv <pads = [1, 1, 1, 1], group = 8> (r1, w2, b2)
+    r2 = Relu (c2)
+    c3 = Conv (r2, w3, b3)
+    sum = Add (r1, c3)
+    p = GlobalAveragePool (sum)
+    f = Flatten (p)
+    output = Gemm <transB = 1> (f, w4, b4)"""
+
+
 def network(path, seed=0, names=str):
-    """Conv, BatchNorm, ReLU, a depthwise convolution, a residual, pooling, Gemm; input 1x3x16x16, output 1x6. `names` renames tensors."""
+    """A depthwise convolution in a residual, as a file; input 1x3x16x16, output 1x6. `names` renames tensors."""
     rng = np.random.default_rng(seed)
-    w = {"w1": rng.normal(0, 0.3, (8, 3, 3, 3)), "gamma": rng.uniform(0.5, 2, 8), "beta": rng.normal(0, 0.1, 8), "mean": rng.normal(0, 0.1, 8), "var": rng.uniform(0.5, 2, 8), "w2": rng.normal(0, 0.4, (8, 1, 3, 3)), "b2": rng.normal(0, 0.1, 8),
-         "w3": rng.normal(0, 0.3, (8, 8, 1, 1)), "b3": rng.normal(0, 0.1, 8), "w4": rng.normal(0, 0.3, (6, 8)), "b4": rng.normal(0, 0.1, 6)}  # fmt: skip
-    made = [("Conv", ["input", "w1"], "c1", {"pads": [1] * 4}), ("BatchNormalization", ["c1", "gamma", "beta", "mean", "var"], "n1", {}), ("Relu", ["n1"], "r1", {}), ("Conv", ["r1", "w2", "b2"], "c2", {"pads": [1] * 4, "group": 8}), ("Relu", ["c2"], "r2", {}),
-            ("Conv", ["r2", "w3", "b3"], "c3", {}), ("Add", ["r1", "c3"], "sum", {}), ("GlobalAveragePool", ["sum"], "p", {}), ("Flatten", ["p"], "f", {}), ("Gemm", ["f", "w4", "b4"], "output", {"transB": 1})]  # fmt: skip
-    fixed = {"input", "output", *w}
-    nodes = [
-        helper.make_node(
-            op,
-            [i if i in fixed else names(i) for i in reads],
-            [out if out in fixed else names(out)],
-            name=f"{op}_{out}",
-            **more,
-        )
-        for op, reads, out, more in made
-    ]
-    info = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
-        for n, s in (("input", [1, 3, 16, 16]), ("output", [1, 6]))
-    ]
-    graph = helper.make_graph(
-        nodes, "g", info[:1], info[1:], [numpy_helper.from_array(v.astype(np.float32), k) for k, v in w.items()]
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    weights = {
+        "w1": rng.normal(0, 0.3, (8, 3, 3, 3)),
+        "gamma": rng.uniform(0.5, 2, 8),
+        "beta": rng.normal(0, 0.1, 8),
+        "mean": rng.normal(0, 0.1, 8),
+        "var": rng.uniform(0.5, 2, 8),
+        "w2": rng.normal(0, 0.4, (8, 1, 3, 3)),
+        "b2": rng.normal(0, 0.1, 8),
+        "w3": rng.normal(0, 0.3, (8, 8, 1, 1)),
+        "b3": rng.normal(0, 0.1, 8),
+        "w4": rng.normal(0, 0.3, (6, 8)),
+        "b4": rng.normal(0, 0.1, 6),
+    }
+    tensors = ("c1", "n1", "r1", "c2", "r2", "c3", "sum", "p", "f")
+    text = re.sub(rf"\b({'|'.join(tensors)})\b", lambda m: names(m[0]), TEXT)
+    graph = build.network(text, inputs={"input": (1, 3, 16, 16)}, **weights)
+    for node in graph.nodes:
+        node.name = f"{node.op_type}_{node.output[0]}"
+    return graph.save(path)
 
 
 def chain(bgr):
     return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
 
 
-PICTURES = list(np.random.default_rng(7).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8))
+IMAGES = list(np.random.default_rng(7).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8))
 
 
-def static(model, output, photos, preprocess, per_channel, prepare=False):
+def static(model, output, images, preprocess, per_channel, prepare=False):
     """An INT8 file as ONNX Runtime's users make it."""
     source = Path(model)
     if prepare:
@@ -73,7 +83,7 @@ def static(model, output, photos, preprocess, per_channel, prepare=False):
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
             self.feeds = iter(
-                [{name: preprocess(p if isinstance(p, np.ndarray) else decode(p)).astype(np.float32)} for p in photos]
+                [{name: preprocess(p if isinstance(p, np.ndarray) else decode(p)).astype(np.float32)} for p in images]
             )
 
         def get_next(self):
@@ -93,28 +103,24 @@ WRITERS = {
 
 
 def tensors(path, names):
-    """Values of inner tensors on all pictures, straight from ONNX Runtime without its optimizations."""
+    """Values of inner tensors on all images, straight from ONNX Runtime without its optimizations."""
     model = onnx.load(path)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
     options = ort.SessionOptions()
     options.graph_optimization_level, options.log_severity_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.stack(a).astype(np.float64) for a in zip(*(session.run(names, {"input": chain(p)}) for p in PICTURES))]
-
-
-def ratios(x, y):
-    return (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()), 10 * np.log10((x * x).sum() / np.square(x - y).sum())
+    return [np.stack(a).astype(np.float64) for a in zip(*(session.run(names, {"input": chain(p)}) for p in IMAGES))]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_writer_is_read(writer, tmp_path):
     model = network(tmp_path / "m.onnx")
-    int8 = WRITERS[writer](model, tmp_path / "q.onnx", PICTURES, chain)
-    found = diagnose_model(model, int8, PICTURES, chain, progress=False)
-    table = found.table.set_index("output")
-    assert not found.unmatched and found.table.macs_share.sum() == pytest.approx(1)
-    assert (table.sqnr_isolated_db > 25).all() and set(table.grade) == {"OK"} and not table.rescaled.any()
+    int8 = WRITERS[writer](model, tmp_path / "q.onnx", IMAGES, chain)
+    diagnosis = diagnose_model(model, int8, IMAGES, chain, progress=False)
+    table = diagnosis.table.set_index("output")
+    assert not diagnosis.unmatched and diagnosis.table.macs_share.sum() == pytest.approx(1)
+    assert (table.sqnr_alone_db > 25).all() and set(table.grade) == {"OK"} and not table.rescaled.any()
     linear = table[table.op.isin(["Conv", "Gemm"])]
     assert (
         len(linear) == 4
@@ -123,7 +129,7 @@ def test_every_writer_is_read(writer, tmp_path):
         and (linear.weight_per_channel[:3] == (writer not in ("ort per tensor", "per-tensor-npu"))).all()
     )
     ours, theirs = tensors(model, ["output"])[0], tensors(int8, ["output"])[0]
-    cosine, sqnr_db = ratios(ours, theirs)
+    cosine, sqnr_db = similarity(ours, theirs)
     assert table.cosine["output"] == pytest.approx(cosine, abs=1e-5) and table.sqnr_db["output"] == pytest.approx(
         sqnr_db, abs=0.02
     )
@@ -132,8 +138,8 @@ def test_every_writer_is_read(writer, tmp_path):
 def test_numbers_against_an_oracle(tmp_path):
     """The residual of ONNX Runtime's file by hand: alone it is the float sum, rounded by its own Q."""
     model = network(tmp_path / "m.onnx")
-    int8 = static(model, tmp_path / "q.onnx", PICTURES[:5], chain, False)
-    table = diagnose_model(model, int8, PICTURES, chain, progress=False).table.set_index("output")
+    int8 = static(model, tmp_path / "q.onnx", IMAGES[:5], chain, False)
+    table = diagnose_model(model, int8, IMAGES, chain, progress=False).table.set_index("output")
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load(int8).graph.initializer}
     scale, zero = float(constants["sum_scale"]), int(constants["sum_zero_point"])
     x, y = tensors(model, ["sum"])[0], tensors(int8, ["sum_DequantizeLinear_Output"])[0]
@@ -143,15 +149,15 @@ def test_numbers_against_an_oracle(tmp_path):
     )
     alone = np.clip(np.rint(x / scale) * scale, low, high)
     row = table.loc["sum"]
-    assert (row.cosine, row.sqnr_db) == pytest.approx(ratios(x, y), abs=1e-3)
-    assert (row.cosine_isolated, row.sqnr_isolated_db) == pytest.approx(ratios(x, alone), abs=1e-2)
+    assert (row.cosine, row.sqnr_db) == pytest.approx(similarity(x, y), abs=1e-3)
+    assert (row.cosine_alone, row.sqnr_alone_db) == pytest.approx(similarity(x, alone), abs=1e-2)
     assert row.clipped_share == pytest.approx(np.mean((x > high + scale / 2) | (x < low - scale / 2)), abs=1e-3)
     assert row.range_use == pytest.approx((min(x.max(), high) - max(x.min(), low)) / (high - low), abs=2 / 255)
     outside = (x > high) | (x < low)
     assert row.scale == pytest.approx(scale) and row.cause == (
         "clipping" if np.square(x - alone)[outside].sum() > np.square(x - alone)[~outside].sum() else "rounding"
     )
-    per_channel = [ratios(x[:, :, c], alone[:, :, c])[1] for c in range(8)]
+    per_channel = [similarity(x[:, :, c], alone[:, :, c])[1] for c in range(8)]
     assert row.channel_sqnr_db == pytest.approx(np.median(per_channel), abs=0.05)
     reach = np.abs(x).max((0, 1, 3, 4))
     assert row.uneven >= 0.95 * reach.max() / np.median(reach)
@@ -160,34 +166,34 @@ def test_numbers_against_an_oracle(tmp_path):
 @pytest.mark.parametrize("writer", ["ort per tensor", "per-tensor-npu"])
 def test_a_planted_fault_is_found(writer, tmp_path):
     model = network(tmp_path / "m.onnx")
-    broken = onnx.load(WRITERS[writer](model, tmp_path / "q.onnx", PICTURES, chain))
+    broken = onnx.load(WRITERS[writer](model, tmp_path / "q.onnx", IMAGES, chain))
     scale = next(t for t in broken.graph.initializer if t.name == "r1_scale")
     readers = [n.name for n in broken.graph.node if scale.name in n.input]
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(20), scale.name))
     onnx.save(broken, tmp_path / "broken.onnx")
     assert readers
-    found = diagnose_model(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False)
-    table = found.table.set_index("output")
-    worst = found.worst().iloc[0]
+    diagnosis = diagnose_model(model, tmp_path / "broken.onnx", IMAGES, chain, progress=False)
+    table = diagnosis.table.set_index("output")
+    worst = diagnosis.worst().iloc[0]
     assert (worst.output, worst.grade, worst.cause) == ("r1", "Critical", "clipping") and worst.clipped_share > 0.3
-    assert (table.sqnr_isolated_db.drop("r1") > 25).all()
+    assert (table.sqnr_alone_db.drop("r1") > 25).all()
     assert (
         table.sqnr_db["r2"] < 10
         and table.grade["r2"] == "Warning"
         and f"see {worst.node} first" in table.next_step["r2"]
     )
-    assert "cut off" in worst.next_step and worst.node in found.worst().node.iloc[0]
+    assert "cut off" in worst.next_step and worst.node in diagnosis.worst().node.iloc[0]
 
 
-def test_a_wrong_weight_scale_is_no_intent(tmp_path):
+def test_a_wrong_weight_scale_is_not_taken_for_intent(tmp_path):
     model = network(tmp_path / "m.onnx")
     broken = onnx.load(
-        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+        quantize_static(model, IMAGES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
     )
     scale = next(t for t in broken.graph.initializer if t.name == "w3_scale")
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(3), scale.name))
     onnx.save(broken, tmp_path / "broken.onnx")
-    table = diagnose_model(model, tmp_path / "broken.onnx", PICTURES, chain, progress=False).table.set_index("output")
+    table = diagnose_model(model, tmp_path / "broken.onnx", IMAGES, chain, progress=False).table.set_index("output")
     assert (
         not table.rescaled.any()
         and table.own_db.idxmin() == "c3"
@@ -199,73 +205,79 @@ def test_a_wrong_weight_scale_is_no_intent(tmp_path):
 
 def test_equalized_networks_are_compared_without_their_factors(tmp_path):
     model = network(tmp_path / "m.onnx")
-    even = equalize(simplify(load_graph(model)), [chain(p) for p in PICTURES]).save(tmp_path / "even.onnx")
+    even = equalize(simplify(load_graph(model)), [chain(p) for p in IMAGES]).save(tmp_path / "even.onnx")
     table = diagnose_model(
         model,
-        quantize_static(even, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
-        PICTURES,
+        quantize_static(even, IMAGES, chain, tmp_path / "q.onnx", progress=False).path,
+        IMAGES,
         chain,
         progress=False,
     ).table.set_index("output")
     assert table.rescaled.sum() >= 1 and (table.own_db > 20).all() and table.weight_sqnr_db[["r2", "c3"]].isna().all()
-    recipe = auto(model, PICTURES, chain, tmp_path / "auto.onnx", profile="per-tensor-npu", progress=False)
-    found = diagnose_model(model, recipe.model.path, PICTURES, chain, progress=False)
-    assert not found.unmatched and (found.table.own_db > 20).all()
+    recipe = auto(model, IMAGES, chain, tmp_path / "auto.onnx", profile="per-tensor-npu", progress=False)
+    diagnosis = diagnose_model(model, recipe.model.path, IMAGES, chain, progress=False)
+    assert not diagnosis.unmatched and (diagnosis.table.own_db > 20).all()
 
 
 def test_files_that_do_not_belong_together(tmp_path):
     model = network(tmp_path / "m.onnx")
-    int8 = quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
+    int8 = quantize_static(model, IMAGES, chain, tmp_path / "q.onnx", progress=False).path
     with pytest.raises(ModelError, match="weights of q.onnx are not those of other.onnx"):
-        diagnose_model(network(tmp_path / "other.onnx", seed=5), int8, PICTURES, chain, progress=False)
+        diagnose_model(network(tmp_path / "other.onnx", seed=5), int8, IMAGES, chain, progress=False)
     with pytest.raises(ModelError, match="of the layers of renamed.onnx are in q.onnx"):
         diagnose_model(
-            network(tmp_path / "renamed.onnx", names=lambda n: f"t_{n}"), int8, PICTURES, chain, progress=False
+            network(tmp_path / "renamed.onnx", names=lambda n: f"t_{n}"), int8, IMAGES, chain, progress=False
         )
     with pytest.raises(ModelError, match="is a float model"):
-        diagnose_model(model, model, PICTURES, chain, progress=False)
+        diagnose_model(model, model, IMAGES, chain, progress=False)
     with pytest.raises(ModelError, match="already quantized"):
-        diagnose_model(int8, int8, PICTURES, chain, progress=False)
+        diagnose_model(int8, int8, IMAGES, chain, progress=False)
     with pytest.raises(ModelError, match="no such model"):
-        diagnose_model(model, tmp_path / "missing.onnx", PICTURES, chain, progress=False)
+        diagnose_model(model, tmp_path / "missing.onnx", IMAGES, chain, progress=False)
     with pytest.raises(InputError, match="preprocessing gives"):
-        diagnose_model(model, int8, PICTURES, lambda bgr: chain(bgr)[:, :, :8], progress=False)
+        diagnose_model(model, int8, IMAGES, lambda bgr: chain(bgr)[:, :, :8], progress=False)
     quantization.quantize_dynamic(str(model), str(tmp_path / "dynamic.onnx"))
     with pytest.raises(ModelError, match="integer operators"):
-        diagnose_model(model, tmp_path / "dynamic.onnx", PICTURES, chain, progress=False)
+        diagnose_model(model, tmp_path / "dynamic.onnx", IMAGES, chain, progress=False)
 
 
 def test_a_layer_without_counterpart_is_listed_never_guessed(tmp_path):
     model = network(tmp_path / "m.onnx")
     written = onnx.load(
-        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
+        quantize_static(model, IMAGES, chain, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False).path
     )
     for n in written.graph.node:
         for names in (n.input, n.output):
             for k, name in enumerate(names):
                 names[k] = "hidden" if name == "r2" else name
     onnx.save(written, tmp_path / "hidden.onnx")
-    found = diagnose_model(model, tmp_path / "hidden.onnx", PICTURES, chain, progress=False)
-    assert "Conv_c2" in found.unmatched and "r2" not in set(found.table.output) and "no counterpart" in found.summary
-    assert not pair(model, tmp_path / "hidden.onnx").factors
+    diagnosis = diagnose_model(model, tmp_path / "hidden.onnx", IMAGES, chain, progress=False)
+    assert (
+        "Conv_c2" in diagnosis.unmatched
+        and "r2" not in set(diagnosis.table.output)
+        and "no counterpart" in diagnosis.summary
+    )
+    assert not match_models(model, tmp_path / "hidden.onnx").factors
 
 
 def test_page_and_figure(tmp_path):
     import matplotlib.pyplot as plt
 
     model = network(tmp_path / "m.onnx")
-    found = diagnose_model(
+    diagnosis = diagnose_model(
         model,
-        quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path,
-        PICTURES,
+        quantize_static(model, IMAGES, chain, tmp_path / "q.onnx", progress=False).path,
+        IMAGES,
         chain,
         thresholds=Thresholds(warning_db=60),
         progress=False,
     )
-    page = diagnosis_page(found, tmp_path / "sub" / "page.html")
+    page = diagnosis_page(diagnosis, tmp_path / "sub" / "page.html")
     first = page.read_bytes()
-    assert b"Begin here" in first and b'src="http' not in first and diagnosis_page(found, page).read_bytes() == first
-    ax = plot_diagnosis(found, plt.subplots()[1])
+    assert (
+        b"Begin here" in first and b'src="http' not in first and diagnosis_page(diagnosis, page).read_bytes() == first
+    )
+    ax = plot_diagnosis(diagnosis, plt.subplots()[1])
     assert ax.get_ylabel() == "SQNR against float (dB)" and [p.name for p in page.parent.iterdir()] == ["page.html"]
     plt.close("all")
 
@@ -277,10 +289,10 @@ def test_command(tmp_path):
     import cv2
 
     model = network(tmp_path / "m.onnx")
-    int8 = quantize_static(model, PICTURES, chain, tmp_path / "q.onnx", progress=False).path
-    (tmp_path / "photos").mkdir()
-    for k, picture in enumerate(PICTURES):
-        cv2.imwrite(str(tmp_path / "photos" / f"{k}.png"), picture)
+    int8 = quantize_static(model, IMAGES, chain, tmp_path / "q.onnx", progress=False).path
+    (tmp_path / "images").mkdir()
+    for k, image in enumerate(IMAGES):
+        cv2.imwrite(str(tmp_path / "images" / f"{k}.png"), image)
     steps = [
         {"div": {"x": 127.5}},
         {"subtract": {"x": 1}},
@@ -292,7 +304,7 @@ def test_command(tmp_path):
         "calibration_num": 5,
         "calibration_method": "ema",
         "default_loader": {
-            "dataset_path": str(tmp_path / "photos"),
+            "dataset_path": str(tmp_path / "images"),
             "file_extensions": ["png"],
             "preprocessings": steps,
         },
@@ -314,9 +326,9 @@ def test_command(tmp_path):
             env=os.environ | {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"},
         )
 
-    done = command("--float", model, "--int8", int8, "--config", "c.json", "--output", "found")
+    done = command("--float", model, "--int8", int8, "--config", "c.json", "--output", "diagnosis")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "found").iterdir()} == {
+    assert {p.name for p in (tmp_path / "diagnosis").iterdir()} == {
         "diagnosis.csv",
         "diagnosis.html",
         "diagnosis.png",
@@ -330,29 +342,29 @@ def test_command(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_edgeface(writer, real_data, tmp_path):
-    """Whoever wrote the file: all layers are found, and the residuals with uneven channels are named."""
+    """Whoever wrote the file: all layers are diagnosis, and the residuals with uneven channels are named."""
     model = fix_batch(real_data / "models" / "edgeface_xxs_q_dequant.onnx", tmp_path / "edge.onnx")
-    photos = sorted((real_data / "lfw" / "images").rglob("*.jpg"))
-    int8 = WRITERS[writer](model, tmp_path / "q.onnx", photos[::80], preset("edgeface"))
-    found = diagnose_model(model, int8, photos[7::200], preset("edgeface"), progress=False)
-    assert not found.unmatched and not found.table.rescaled.any()
-    assert found.table.weight_sqnr_db.notna().sum() >= 50
+    images = sorted((real_data / "lfw" / "images").rglob("*.jpg"))
+    int8 = WRITERS[writer](model, tmp_path / "q.onnx", images[::80], preset("edgeface"))
+    diagnosis = diagnose_model(model, int8, images[7::200], preset("edgeface"), progress=False)
+    assert not diagnosis.unmatched and not diagnosis.table.rescaled.any()
+    assert diagnosis.table.weight_sqnr_db.notna().sum() >= 50
     if writer != "ort-cpu":  # which leaves everything but products in float
-        worst = found.worst()
+        worst = diagnosis.worst()
         assert (
             list(worst.op[worst.grade == "Critical"])
             and set(worst.op[worst.grade == "Critical"]) <= {"Mul", "Add"}
             and (worst.uneven[:3] > 50).all()
             and "LayerNormalization" in set(worst.op)
         )
-    assert found.table.sqnr_db.iloc[-1] < 12
+    assert diagnosis.table.sqnr_db.iloc[-1] < 12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_yunet(writer, real_data, tmp_path):
     model = real_data / "models" / "face_detection_yunet_2023mar.onnx"
-    photos, see = sorted((real_data / "faces_multi" / "ub").rglob("*.jpg")), preset("yunet", size=(640, 640))
+    images, see = sorted((real_data / "faces_multi" / "ub").rglob("*.jpg")), preset("yunet", size=(640, 640))
     source = model
     if writer in (
         "ort per channel",
@@ -363,13 +375,15 @@ def test_yunet(writer, real_data, tmp_path):
         with pytest.raises(ModelError, match="unreadable.onnx"):
             diagnose_model(
                 model,
-                static(model, tmp_path / "unreadable.onnx", photos[:1], see, True),
-                photos[8:9],
+                static(model, tmp_path / "unreadable.onnx", images[:1], see, True),
+                images[8:9],
                 see,
                 progress=False,
             )
-    found = diagnose_model(
-        model, WRITERS[writer](source, tmp_path / "q.onnx", photos[:8], see), photos[8:11], see, progress=False
+    diagnosis = diagnose_model(
+        model, WRITERS[writer](source, tmp_path / "q.onnx", images[:8], see), images[8:11], see, progress=False
     )
-    assert not found.unmatched and len(found.table) >= 60 and (found.table.weight_sqnr_db.dropna() > 25).all()
-    assert (found.table.own_db[found.table.op == "Conv"] > 20).all()
+    assert (
+        not diagnosis.unmatched and len(diagnosis.table) >= 60 and (diagnosis.table.weight_sqnr_db.dropna() > 25).all()
+    )
+    assert (diagnosis.table.own_db[diagnosis.table.op == "Conv"] > 20).all()
