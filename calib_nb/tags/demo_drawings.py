@@ -4,41 +4,44 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TAGGED_FAULTS', 'shape_mask', 'texture', 'draw_tagged_photo', 'degrade_tagged', 'tagged_photos',
-           'tag_table', 'load_tagged', 'tagged_splits']
+           'tagged_splits']
 
 # %% ../../nbs/tags/01_demo_drawings.ipynb #cell-2
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 
 from ..core.errors import InputError
-from ..core.run import atomic_folder, read_json, write_json
+from ..core.run import atomic_folder, write_json
 
 # %% ../../nbs/tags/01_demo_drawings.ipynb #cell-7
 CATEGORIES = {"disc": 1, "square": 3, "triangle": 4, "star": 7, "cross": 11, "ring": 18, "bar": 27, "crescent": 44}
-_CROSS = [
-    (-0.3, -1),
-    (0.3, -1),
-    (0.3, -0.3),
-    (1, -0.3),
-    (1, 0.3),
-    (0.3, 0.3),
-    (0.3, 1),
-    (-0.3, 1),
-    (-0.3, 0.3),
-    (-1, 0.3),
-    (-1, -0.3),
-    (-0.3, -0.3),
-]
-_POLYGONS = {"square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)], "triangle": [(0, -1), (0.87, 0.5), (-0.87, 0.5)], "cross": _CROSS,
-             "bar": [(-1.1, -0.25), (1.1, -0.25), (1.1, 0.25), (-1.1, 0.25)],
-             "star": [(r * np.sin(np.pi * k / 5), -r * np.cos(np.pi * k / 5)) for k, r in enumerate([1, 0.42] * 5)]}  # fmt: skip
+_QUARTER = np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3)])  # one arm of the cross; the others are turned
+_TURNS = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+_STAR = [(r * np.sin(np.pi * k / 5), -r * np.cos(np.pi * k / 5)) for k, r in enumerate([1, 0.42] * 5)]
+_POLYGONS = {
+    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+    "triangle": [(0, -1), (0.87, 0.5), (-0.87, 0.5)],
+    "cross": np.concatenate([_QUARTER @ turn.T for turn in _TURNS]),
+    "bar": [(-1.1, -0.25), (1.1, -0.25), (1.1, 0.25), (-1.1, 0.25)],
+    "star": _STAR,
+}
 
 
 def shape_mask(name: str, size: int, center: tuple[float, float], radius: float, angle: float) -> np.ndarray:
-    """Boolean mask [size,size] of the category `name`, with `center` (x, y) and `radius` in pixels, turned by `angle` in radians. Source: ours."""
+    """Draw one shape.
+
+    Args:
+        name: One of `CATEGORIES`.
+        size: Side of the mask, pixels.
+        center: (x, y) of the shape, pixels.
+        radius: Of the circle around it, pixels; a bar is a tenth longer.
+        angle: Turn, radians.
+
+    Returns:
+        Boolean mask [size,size].
+    """
     mask = np.zeros((size, size), np.uint8)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     if name in _POLYGONS:
@@ -56,14 +59,22 @@ def shape_mask(name: str, size: int, center: tuple[float, float], radius: float,
         disc(np.asarray(center) + turn @ [0.5 * radius, 0], 0.8 * radius, 0)
     return mask > 0
 
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-10
+# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-11
 def texture(rng: np.random.Generator, size: int, color: np.ndarray) -> np.ndarray:
-    """A surface [size,size,3] float32 around `color` (BGR, 0..255), with patches, a gradient and sometimes stripes. Source: ours."""
+    """Draw a surface with patches, a gradient and sometimes stripes.
+
+    Args:
+        rng: Source of randomness.
+        size: Side, pixels.
+        color: Mean colour, BGR, 0..255.
+
+    Returns:
+        float32 [size,size,3], not clipped.
+    """
     surface = np.zeros((size, size), np.float32)
     for cells, strength in ((3, 26), (9, 14), (size // 2, 8)):
-        surface += strength * cv2.resize(
-            rng.standard_normal((cells, cells)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC
-        )
+        patches = rng.standard_normal((cells, cells)).astype(np.float32)
+        surface += strength * cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     across, down = rng.uniform(-30, 30, 2)
     surface += np.float32(across) * ramp[None] + np.float32(down) * ramp[:, None]
@@ -73,27 +84,37 @@ def texture(rng: np.random.Generator, size: int, color: np.ndarray) -> np.ndarra
         surface += np.float32(22) * np.sin(phase * np.float32(2 * np.pi / period))
     return surface[..., None] + np.asarray(color, np.float32)
 
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-13
+# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-15
+def _shape_color(rng: np.random.Generator, name: str, ground: np.ndarray) -> np.ndarray:
+    """A colour, BGR: four times of five the category's own hue, and never the ground's."""
+    own = 180 * list(CATEGORIES).index(name) / len(CATEGORIES)
+    hue = own + rng.normal(0, 8) if rng.random() < 0.8 else rng.uniform(0, 180)
+    hsv = np.uint8([[[hue % 180, rng.uniform(110, 255), rng.uniform(110, 255)]]])
+    color = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float64)
+    if np.abs(color - ground).max() < 60:
+        color = color * 0.4 if color.mean() > 110 else color + 90
+    return color
+
+
 def draw_tagged_photo(
     rng: np.random.Generator, size: int, names: list[str]
 ) -> tuple[np.ndarray, list[tuple[str, np.ndarray, int]]]:
-    """One photo, BGR uint8 [size,size,3], and its annotations: (category, mask of what is visible, iscrowd). Source: ours."""
-    photo = texture(rng, size, rng.uniform(50, 205, 3))
+    """Draw one image with its annotations.
+
+    Args:
+        rng: Source of randomness.
+        size: Side, pixels.
+        names: Categories to choose from.
+
+    Returns:
+        (BGR uint8 [size,size,3], [(category, boolean mask of what is visible, iscrowd)]).
+    """
+    image = texture(rng, size, rng.uniform(50, 205, 3))
     owner, drawn = np.full((size, size), -1, np.int16), []
 
     def lay(name, mask, crowd):
-        hue = (
-            180 * list(CATEGORIES).index(name) / len(CATEGORIES) + rng.normal(0, 8)
-            if rng.random() < 0.8
-            else rng.uniform(0, 180)
-        )
-        hsv = np.uint8([[[hue % 180, rng.uniform(110, 255), rng.uniform(110, 255)]]])
-        color = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float64)
-        if np.abs(color - photo[mask].mean(0)).max() < 60:
-            color = (
-                color * 0.4 if color.mean() > 110 else color + 90
-            )  # a shape of its ground's colour could not be seen
-        photo[mask] = texture(rng, size, color)[mask]
+        color = _shape_color(rng, name, image[mask].mean(0))
+        image[mask] = texture(rng, size, color)[mask]
         owner[mask] = len(drawn)
         drawn.append((name, int(mask.sum()), crowd))
 
@@ -109,105 +130,131 @@ def draw_tagged_photo(
         mask = place(name, rng.uniform(0.14, 0.26) * size)
         if all(2 * np.count_nonzero((owner == k) & ~mask) >= area for k, (_, area, _) in enumerate(drawn)):
             lay(name, mask, 0)
-    photo += rng.normal(0, 3, photo.shape).astype(np.float32)
-    return np.clip(photo, 0, 255).astype(np.uint8), [
-        (name, owner == k, crowd) for k, (name, _, crowd) in enumerate(drawn)
-    ]
+    image += rng.normal(0, 3, image.shape).astype(np.float32)
+    annotations = [(name, owner == k, crowd) for k, (name, _, crowd) in enumerate(drawn)]
+    return np.clip(image, 0, 255).astype(np.uint8), annotations
 
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-16
+# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-19
 def degrade_tagged(photo: np.ndarray, fault: str, rng: np.random.Generator) -> np.ndarray:
-    """`photo` (BGR uint8) made "blurred", "dark" or "flat" (low contrast), by a random amount; "" leaves it as it is. Source: ours."""
+    """Blur, darken or flatten an image by a random amount.
+
+    Args:
+        photo: BGR uint8.
+        fault: "blurred", "dark" or "flat" (low contrast); "" leaves it as it is.
+        rng: Source of randomness.
+
+    Returns:
+        BGR uint8 of the same shape.
+    """
     if fault == "blurred":
         return cv2.GaussianBlur(photo, (0, 0), rng.uniform(0.02, 0.04) * photo.shape[0])
     if fault == "dark":
         return np.round(photo * rng.uniform(0.06, 0.2)).astype(np.uint8)
     if fault == "flat":
-        return np.clip(np.round((photo - 128.0) * rng.uniform(0.08, 0.2) + rng.uniform(100, 156)), 0, 255).astype(
-            np.uint8
-        )
+        flat = (photo - 128.0) * rng.uniform(0.08, 0.2) + rng.uniform(100, 156)
+        return np.clip(np.round(flat), 0, 255).astype(np.uint8)
     return photo
 
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-19
+# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-22
 TAGGED_FAULTS = ("blurred", "dark", "flat")
+
+
+def _draw_entry(folder: Path, k: int, size: int, names: list[str], seed: int, graded: bool) -> tuple[dict, list[dict]]:
+    """Write image `k` below `folder`; its COCO entry and annotations."""
+    rng = np.random.default_rng([seed, k])
+    photo, annotations = draw_tagged_photo(rng, size, names)
+    fault = str(rng.choice(TAGGED_FAULTS)) if rng.random() < 0.3 and graded else ""
+    file = f"{k + 1:06d}.jpg"
+    jpeg = cv2.imencode(".jpg", degrade_tagged(photo, fault, rng), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    (folder / file).write_bytes(jpeg.tobytes())
+    rows = [
+        {
+            "id": 0,
+            "image_id": k + 1,
+            "category_id": CATEGORIES[name],
+            "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
+            "area": int(mask.sum()),
+            "iscrowd": crowd,
+            "segmentation": [],
+        }
+        for name, mask, crowd in annotations
+    ]
+    return {"id": k + 1, "file_name": file, "width": size, "height": size, "fault": fault}, rows
 
 
 def tagged_photos(
     folder: str | Path, n: int = 200, *, size: int = 96, classes: int = 8, seed: int = 0, graded: bool = True
 ) -> Path:
-    """Draw `n` photos of `size` pixels with the first `classes` categories (1..8) into a new `folder`; returns the path of its COCO instances JSON.
+    """Draw a set in COCO's format into a new folder; equal arguments give equal bytes.
 
-    `graded` spoils 30 % of them; each image's "fault" says how. Equal arguments give equal bytes. Source: COCO data format, cocodataset.org.
+    Args:
+        folder: New or empty folder; it gets `images/` and `instances.json`.
+        n: Number of images, from 1.
+        size: Side, pixels, from 32.
+        classes: How many of `CATEGORIES`, 1..8.
+        seed: Decides everything drawn.
+        graded: Degrade 30 % of the images; each image's "fault" in the JSON says how.
+
+    Returns:
+        The path of the instances JSON.
+
+    Raises:
+        InputError: A number is out of range, or the folder already holds something.
+
+    Source: COCO data format, cocodataset.org.
     """
     folder = Path(folder)
     if not 1 <= classes <= len(CATEGORIES) or n < 1 or size < 32:
-        raise InputError(
-            f"n {n}, size {size}, classes {classes}", expected=f"n from 1, size from 32, classes 1 to {len(CATEGORIES)}"
-        )
+        limits = f"n from 1, size from 32, classes 1 to {len(CATEGORIES)}"
+        raise InputError(f"n {n}, size {size}, classes {classes}", expected=limits)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already holds something", fix="name a new folder")
-    names, images, rows = list(CATEGORIES)[:classes], [], []
+    names = list(CATEGORIES)[:classes]
     with atomic_folder(folder) as new:
         (new / "images").mkdir()
-        for k in range(n):
-            rng = np.random.default_rng([seed, k])
-            photo, annotations = draw_tagged_photo(rng, size, names)
-            fault = str(rng.choice(TAGGED_FAULTS)) if rng.random() < 0.3 and graded else ""
-            file = f"{k + 1:06d}.jpg"
-            (new / "images" / file).write_bytes(
-                cv2.imencode(".jpg", degrade_tagged(photo, fault, rng), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-            )
-            images.append({"id": k + 1, "file_name": file, "width": size, "height": size, "fault": fault})
-            rows += [{"id": 0, "image_id": k + 1, "category_id": CATEGORIES[name], "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
-                      "area": int(mask.sum()), "iscrowd": crowd, "segmentation": []} for name, mask, crowd in annotations]  # fmt: skip
-        categories = [{"id": CATEGORIES[name], "name": name, "supercategory": "shape"} for name in names]
-        annotations = [{**row, "id": k + 1} for k, row in enumerate(rows)]
-        info = {"description": "synthetic shapes drawn by calib_nb", "seed": seed}
-        write_json(
-            new / "instances.json",
-            {"info": info, "images": images, "annotations": annotations, "categories": categories},
-        )
+        entries = [_draw_entry(new / "images", k, size, names, seed, graded) for k in range(n)]
+        rows = [row for _, rows in entries for row in rows]
+        data = {
+            "info": {"description": "synthetic shapes drawn by calib_nb", "seed": seed},
+            "images": [image for image, _ in entries],
+            "annotations": [{**row, "id": k + 1} for k, row in enumerate(rows)],
+            "categories": [{"id": CATEGORIES[name], "name": name, "supercategory": "shape"} for name in names],
+        }
+        write_json(new / "instances.json", data)
     return folder / "instances.json"
 
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-22
-def tag_table(data: dict, images: str | Path) -> pd.DataFrame:
-    """One row per photo of a COCO instances object: `path` below the folder `images`, then one 0/1 int8 column per category, in the order of their ids.
+# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-30
+def tagged_splits(
+    folder: str | Path,
+    *,
+    train: int = 900,
+    calibration: int = 300,
+    val: int = 300,
+    size: int = 96,
+    classes: int = 8,
+    seed: int = 0,
+    graded: bool = True,
+) -> dict[str, Path]:
+    """Draw `train/`, `calibration/` and `val/` below a folder.
 
-    KeyError or TypeError when images, annotations and categories do not fit together. Source: COCO data format.
-    """
-    names = {c["id"]: c["name"] for c in sorted(data["categories"], key=lambda c: c["id"])}
-    row = {image["id"]: k for k, image in enumerate(data["images"])}
-    column = {id: k for k, id in enumerate(names)}
-    targets = np.zeros((len(row), len(column)), np.int8)
-    for a in data["annotations"]:
-        targets[row[a["image_id"]], column[a["category_id"]]] = 1
-    table = pd.DataFrame(targets, columns=list(names.values()))
-    table.insert(0, "path", [str(Path(images) / image["file_name"]) for image in data["images"]])
-    return table
+    Args:
+        folder: Where the three go.
+        train: Images to train on; 0 for no such set.
+        calibration: Images to calibrate with.
+        val: Images to score.
+        size: Side, pixels.
+        classes: How many of `CATEGORIES`, 1..8.
+        seed: Decides everything drawn.
+        graded: Degrade 30 % of the calibration images, and none of the others.
 
-
-def load_tagged(instances: str | Path, images: str | Path | None = None) -> pd.DataFrame:
-    """The `tag_table` of a file. `images` is the folder of the photos; without it, `images/` beside the JSON file. `InputError` when the file is not of this format. Source: COCO data format."""
-    data = read_json(instances)
-    try:
-        return tag_table(data, images or Path(instances).parent / "images")
-    except (KeyError, TypeError) as e:
-        raise InputError(
-            f"{instances} is not in COCO's instances format: {e!r}",
-            expected="images, annotations and categories that fit together",
-        ) from e
-
-# %% ../../nbs/tags/01_demo_drawings.ipynb #cell-25
-def tagged_splits(folder: str | Path, *, train: int = 900, calibration: int = 300, val: int = 300, size: int = 96, classes: int = 8,
-                  seed: int = 0, graded: bool = True) -> dict[str, Path]:  # fmt: skip
-    """Draw `train/`, `calibration/` and `val/` below `folder` with that many photos each; the three instances JSON files by name.
-
-    `graded` spoils 30 % of the calibration photos, and none of the others. Source: ours.
+    Returns:
+        The path of each split's instances JSON, by name.
     """
     counts = {"train": train, "calibration": calibration, "val": val}
-    seeds = np.random.SeedSequence(seed).generate_state(len(counts)).tolist()
+    seeds = dict(zip(counts, np.random.SeedSequence(seed).generate_state(len(counts)).tolist()))
+    drawn = {"size": size, "classes": classes}
     return {
-        name: tagged_photos(
-            Path(folder) / name, n, size=size, classes=classes, seed=s, graded=graded and name == "calibration"
-        )
-        for (name, n), s in zip(counts.items(), seeds)
+        name: tagged_photos(Path(folder) / name, n, seed=seeds[name], graded=graded and name == "calibration", **drawn)
+        for name, n in counts.items()
+        if n
     }

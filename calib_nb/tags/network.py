@@ -21,7 +21,15 @@ _FORMAT = 1
 # %% ../../nbs/tags/06_network.ipynb #cell-7
 @dataclass(frozen=True)
 class TaggerSpec:
-    """A tagger without its weights: `model` (a network's name), `classes` (names of the outputs), `width`, and its input: `size` px, cut out at the ratio `crop`. Source: ours."""
+    """A tagger without its weights.
+
+    Args:
+        model: The network's name.
+        classes: Names of the outputs.
+        width: Channels after the stem.
+        size: Side of the input, pixels.
+        crop: Ratio of the input to the short side that it is cut from.
+    """
 
     model: str
     classes: tuple[str, ...]
@@ -30,38 +38,61 @@ class TaggerSpec:
     crop: float = 0.875
 
     def preprocess(self) -> Preprocess:
-        """The chain that turns a photo into its input."""
+        """The chain that turns an image into its input."""
         return evaluation_chain(self.size, self.crop)
 
 
 def build_tagger(spec: TaggerSpec):
-    """A ResNet (torch module, RGB float [N,3,H,W] -> logits [N,classes]) with random weights. Source: calib_nb.nets.resnet."""
+    """Make the network of a spec, with random weights.
+
+    Args:
+        spec: What it should be.
+
+    Returns:
+        A torch module: RGB float [N,3,H,W] -> logits [N,classes].
+    """
     from calib_nb.nets.resnet import resnet
 
     return resnet(spec.model, len(spec.classes), width=spec.width)
 
-# %% ../../nbs/tags/06_network.ipynb #cell-12
+# %% ../../nbs/tags/06_network.ipynb #cell-14
 def save_tagger(path: str | Path, spec: TaggerSpec, module, **more) -> Path:
-    """Write a checkpoint: format, spec, state (the module's state dict), lsq (the settings of a network with learned steps) and `more` (tensors and plain values), atomically. Source: ours, torch.save."""
+    """Write a checkpoint, atomically.
+
+    Args:
+        path: The file.
+        spec: What the network is.
+        module: Its weights, float or of `prepare_lsq`, whose settings are kept too.
+        **more: Tensors and plain values to keep beside them.
+
+    Returns:
+        The path.
+
+    Source: torch.save.
+    """
     import torch
 
     lsq = getattr(module, "meta", {}).get("lsq")  # of a network that `prepare_lsq` made
+    fields = dataclasses.asdict(spec) | {"classes": list(spec.classes)}
+    content = {"format": _FORMAT, "spec": fields, "state": module.state_dict(), **({"lsq": lsq} if lsq else {}), **more}
     with atomic_file(path, "wb") as f:
-        torch.save(
-            {
-                "format": _FORMAT,
-                "spec": dataclasses.asdict(spec) | {"classes": list(spec.classes)},
-                "state": module.state_dict(),
-                **({"lsq": lsq} if lsq else {}),
-                **more,
-            },
-            f,
-        )
+        torch.save(content, f)
     return Path(path)
 
 
 def tagger_spec(checkpoint: dict, path: str | Path) -> TaggerSpec:
-    """The spec in a checkpoint of `save_tagger`, read from `path`; `ModelError` when there is none. Source: ours."""
+    """The spec in a checkpoint that was read already.
+
+    Args:
+        checkpoint: What `read_checkpoint` gave.
+        path: Names the file in errors.
+
+    Returns:
+        The spec.
+
+    Raises:
+        ModelError: It is no checkpoint of `save_tagger`.
+    """
     fields = checkpoint.get("spec")
     try:
         if checkpoint.get("format") != _FORMAT or "state" not in checkpoint:
@@ -69,14 +100,24 @@ def tagger_spec(checkpoint: dict, path: str | Path) -> TaggerSpec:
         return TaggerSpec(**{**fields, "classes": tuple(fields["classes"])})
     except (KeyError, TypeError) as e:
         raise ModelError(
-            f"{path} is no checkpoint of a tagger",
+            f"{path} is not a checkpoint of a tagger",
             expected="one that calib-nb tags train wrote",
             fix="give a file of bare weights to the training, as weights",
         ) from e
 
 
 def load_tagger(path: str | Path) -> tuple:
-    """(torch module in eval mode, `TaggerSpec`) of a checkpoint of `save_tagger`; `ModelError` when it is none. Source: ours."""
+    """Load a checkpoint of `save_tagger`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        (torch module in eval mode, `TaggerSpec`); after an LSQ training the module has its quantizers.
+
+    Raises:
+        ModelError: It is none, or its weights do not fit its spec.
+    """
     checkpoint = read_checkpoint(path)
     spec = tagger_spec(checkpoint, path)
     try:
