@@ -124,7 +124,7 @@ def quantize(
         stats=stats,
         progress=progress,
     )
-    return Quantized(recipe.model, recipe.trail, settings, tuple(files))
+    return Quantized(recipe.model, recipe.steps, settings, tuple(files))
 
 # %% ../nbs/01_front_door.ipynb #cell-15
 @dataclass(frozen=True)
