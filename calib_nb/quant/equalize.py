@@ -159,25 +159,25 @@ def channel_groups(graph: Graph) -> list[ChannelGroup]:
 
     Source: after Nagel et al. 2019, section 4.1.
     """
-    groups, seen, usable = [], set(), []
+    groups, visited, usable = [], set(), []
     for layer in layers(graph):
         shape = graph.shape(layer.output)
         usable += [layer] if shape and (not _is_conv(layer) or len(shape) == 4) else []
     for start in usable:
-        if start.output in seen:
+        if start.output in visited:
             continue
         search = _Search(graph, start, usable).run()
-        seen |= set(search.group.tensors)
+        visited |= set(search.group.tensors)
         if search.free and search.group.consumers:
             groups.append(search.group)
     return groups
 
 # %% ../../nbs/quant/08_equalize.ipynb #cell-18
-def equal_factors(made: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> np.ndarray:
+def equal_factors(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> np.ndarray:
     """The factor by which each channel is to be divided.
 
     Args:
-        made: Reach of the weights (or activations) in every tensor that writes the channels, each float [channels].
+        written: Reach of the weights (or activations) in every tensor that writes the channels, each float [channels].
         read: Reach of the weights in every tensor that reads them, each float [channels].
 
     Returns:
@@ -187,7 +187,7 @@ def equal_factors(made: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> np.
     """
     one, two = (
         np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) if ranges else None
-        for ranges in (made, read)
+        for ranges in (written, read)
     )
     if two is None:
         return np.where(one > 0, one, 1.0)
@@ -296,16 +296,16 @@ class _Evening:
 
     def factors(self, k: int) -> np.ndarray:
         """The factors that group number `k` wants now."""
-        group, made, read = self.groups[k], [], []
+        group, written, read = self.groups[k], [], []
         if not self.per_channel:
             of = [self.weights[p.node.output[0]] for p in group.producers]
-            made += [np.abs(w).reshape(group.channels, -1).max(1) for w in of]
-        made += [self.reach[name] / self.total[k] for name in group.tensors if name in self.reach]
+            written += [np.abs(w).reshape(group.channels, -1).max(1) for w in of]
+        written += [self.reach[name] / self.total[k] for name in group.tensors if name in self.reach]
         for c in group.consumers:
             weight = self.weights[c.node.output[0]]
             if not self.per_channel or weight.shape[1] > 1:
                 read.append(_weight_reach(weight, c, self.per_channel).reshape(group.channels, -1).max(1))
-        factors = equal_factors(made, read)
+        factors = equal_factors(written, read)
         return np.maximum(factors, 1 / (_LEVELS * self.total[k])) if self.per_channel else factors
 
     def move(self, k: int, factors: np.ndarray) -> None:

@@ -71,11 +71,11 @@ def labelled(images: Iterable[str | Path | np.ndarray]) -> Iterator[tuple[str, s
         (name, image): the name is the POSIX path, or "array-" and 16 digits of `array_digest`;
         where an image comes a second time, it ends in "#2".
     """
-    seen: dict[str, int] = {}
+    times: dict[str, int] = {}
     for image in images:
         label = "array-" + array_digest(image).hex()[:16] if isinstance(image, np.ndarray) else Path(image).as_posix()
-        seen[label] = seen.get(label, 0) + 1
-        yield (label if seen[label] == 1 else f"{label}#{seen[label]}"), image
+        times[label] = times.get(label, 0) + 1
+        yield (label if times[label] == 1 else f"{label}#{times[label]}"), image
 
 # %% ../../nbs/quant/03_observe.ipynb #cell-20
 class Worker:
