@@ -50,7 +50,7 @@ class ModelContract:
         opset: Version of the standard operators.
         node_count: Nodes of the outermost graph.
         parameters: Values in all its initializers.
-        quantized: Whether it holds QDQ or integer nodes.
+        quantized: Whether it holds nodes of integer arithmetic or of conversion to integers.
         external_data: Names of the files of weights beside it.
     """
 
@@ -139,7 +139,7 @@ def _spec(value) -> TensorSpec:
 
 
 def _external(path: Path, model) -> tuple[str, ...]:
-    """Names of the files of weights, each there and long enough; `ModelError` otherwise."""
+    """Names of the files of weights, each there and of its full length; `ModelError` otherwise."""
     from onnx import TensorProto
 
     names = {}
