@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +14,14 @@ import pytest
 from calib_nb.core.errors import InputError
 from calib_nb.data.images import decode
 from calib_nb.faces.boxes import match_boxes, read_boxes
-from calib_nb.faces.demo import DetectorTraining, EmbedderTraining, demo_detector, demo_embedder, demo_lfw
+from calib_nb.faces.demo import (
+    DetectorTraining,
+    EmbedderTraining,
+    constant_detector,
+    demo_detector,
+    demo_embedder,
+    demo_lfw,
+)
 from calib_nb.faces.demo_drawings import (
     LANDMARKS,
     draw_face,
@@ -23,7 +31,7 @@ from calib_nb.faces.demo_drawings import (
     drawn_pairs,
     drawn_scenes,
 )
-from calib_nb.faces.detect import YUNET_OUTPUTS, YuNetDetector, box_iou
+from calib_nb.faces.detect import YUNET_OUTPUTS, YuNetDetector, box_iou, encode_yunet
 from calib_nb.faces.verification import read_pairs
 
 
@@ -93,7 +101,8 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path):
 
 
 def test_a_killed_drawing_leaves_no_folder(tmp_path):
-    code = f"from calib_nb.faces.demo_drawings import drawn_faces; drawn_faces({str(tmp_path / 'x')!r}, identities=4000, size=250)"
+    call = f"drawn_faces({str(tmp_path / 'x')!r}, identities=4000, size=250)"
+    code = f"from calib_nb.faces.demo_drawings import drawn_faces; {call}"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".x.partial/images/*/*.jpg")) and time.monotonic() < deadline:
@@ -105,32 +114,56 @@ def test_a_killed_drawing_leaves_no_folder(tmp_path):
     assert len(list((tmp_path / "x" / "images").iterdir())) == 2 and not (tmp_path / ".x.partial").exists()
 
 
-def test_models_keep_the_contract_and_are_made_once(tmp_path):
-    detector = demo_detector(tmp_path, DetectorTraining(photos=4, steps=2))
-    embedder = demo_embedder(tmp_path, EmbedderTraining(people=3, photos=2, steps=2, batch=4))
-    graph = onnx.load(detector)
+QUICK_DETECTOR = DetectorTraining(photos=4, steps=2)
+QUICK_EMBEDDER = EmbedderTraining(people=3, photos=2, steps=2, batch=4)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of this test alone."""
+    monkeypatch.setenv("CALIB_NB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_detector_keeps_yunets_contract(cache):
+    graph = onnx.load(demo_detector(settings=QUICK_DETECTOR))
     onnx.checker.check_model(graph)
     assert tuple(o.name for o in graph.graph.output) == YUNET_OUTPUTS and graph.opset_import[0].version == 17
     assert [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 160, 160]
-    shape = onnx.load(embedder).graph.input[0].type.tensor_type.shape.dim
+
+
+def test_the_embedder_takes_any_batch(cache):
+    shape = onnx.load(demo_embedder(settings=QUICK_EMBEDDER)).graph.input[0].type.tensor_type.shape.dim
     assert shape[0].dim_param == "batch" and [d.dim_value for d in shape[1:]] == [3, 64, 64]
-    stamp = detector.stat().st_mtime_ns
-    assert (
-        demo_detector(tmp_path, DetectorTraining(photos=4, steps=2)) == detector
-        and detector.stat().st_mtime_ns == stamp
-    )
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".onnx", ".onnx"]
-    assert demo_lfw(tmp_path, identities=4, per_identity=2) == demo_lfw(tmp_path, identities=4, per_identity=2)
+
+
+def test_models_and_pictures_are_made_once_for_each_setting(cache):
+    path = demo_detector(settings=QUICK_DETECTOR)
+    stamp = path.stat().st_mtime_ns
+    assert demo_detector(settings=QUICK_DETECTOR) == path and path.stat().st_mtime_ns == stamp
+    assert demo_detector(settings=replace(QUICK_DETECTOR, steps=3)) != path
+    assert demo_lfw(identities=4, per_identity=2) == demo_lfw(identities=4, per_identity=2)
+    assert demo_lfw(identities=4, per_identity=2) != demo_lfw(identities=4, per_identity=3)
+    assert [p.suffix for p in sorted(cache.rglob("*.onnx"))] == [".onnx", ".onnx"]
 
 
 def test_the_same_training_makes_the_same_file(tmp_path):
-    a, b = (demo_embedder(tmp_path / name, EmbedderTraining(people=3, photos=2, steps=3, batch=4)) for name in "ab")
-    weights = [[onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer] for p in (a, b)]
+    paths = [demo_embedder(tmp_path / name, replace(QUICK_EMBEDDER, steps=3)) for name in "ab"]
+    weights = [[onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer] for p in paths]
     assert all(np.array_equal(x, y) for x, y in zip(*weights, strict=True))
 
 
+def test_a_constant_detector_answers_the_same_for_every_image(tmp_path):
+    box, points = np.array([[10, 10, 40, 50.0]]), np.full((1, 5, 2), 20.0)
+    path = constant_detector(tmp_path / "one.onnx", encode_yunet(box, points, (64, 64)), (64, 64))
+    detector, rng = YuNetDetector(path), np.random.default_rng(0)
+    for _ in range(3):
+        faces = detector.detect(rng.integers(0, 256, (64, 64, 3), np.uint8))
+        assert np.allclose(faces.boxes, box, atol=1e-4) and np.allclose(faces.landmarks, points, atol=1e-4)
+
+
 @pytest.mark.slow
-def test_the_demo_detector_finds_drawn_faces_that_it_has_not_seen():
+def test_the_demo_detector_sees_faces_that_it_was_not_trained_on():
     detector, people, rng = YuNetDetector(demo_detector()), draw_styles(400, seed=77), np.random.default_rng(77)
     hits = found = labelled = 0
     for i in range(100):

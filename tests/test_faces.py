@@ -1,4 +1,4 @@
-"""Faces: the YuNet decoder against OpenCV, alignment against least squares, verification metrics against scikit-learn, hold-out, hostile labels."""
+"""Faces: YuNet against OpenCV, alignment against least squares, metrics against scikit-learn, hostile labels."""
 
 import logging
 
@@ -63,7 +63,7 @@ def scenes(draw):
     return boxes, points
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(scenes())
 def test_decode_undoes_encode(scene):
     boxes, points = scene
@@ -75,7 +75,7 @@ def test_decode_undoes_encode(scene):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 60), st.integers(0, 2**32 - 1), st.floats(0.1, 0.9))
 def test_suppression_is_opencvs(n, seed, threshold):
     rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def test_decode_keeps_the_best_and_refuses_what_is_not_yunet():
     assert decode_yunet(hot, input_size=(64, 64)).scores.max() == 1  # a quantized sigmoid may say 1.004
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_letterbox_keeps_everything_and_never_enlarges(w, h):
     photo = np.full((h, w, 3), 200, np.uint8)
@@ -155,7 +155,7 @@ def test_yunet_finds_the_labelled_people(real_data):
 # ---------------------------------------------------------------- labels and matching
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2**32 - 1))
 def test_matches_are_one_to_one_and_overlap(n, m, seed):
     rng = np.random.default_rng(seed)
@@ -184,7 +184,7 @@ def test_drift_is_measured_in_pixels_and_ignores_lost_faces():
     ('[{"iname": "a.jpg", "bbox": [1, 2, 1e999, 4]}]', "no area"),
     ('[{"iname": "a.jpg", "bbox": "wide"}]', "is not a box"),
     ('{"iname": "a.jpg"}', "does not list boxes"),
-    ('[{"iname": "a.jpg", "bbox": [1, 2, 3, 4]}]', "no labelled photos"),
+    ('[{"iname": "a.jpg", "bbox": [1, 2, 3, 4]}]', "no labelled images"),
     ("", "not valid JSON"),
 ])  # fmt: skip
 def test_bad_boxes_are_named(tmp_path, text, message):
@@ -195,13 +195,14 @@ def test_bad_boxes_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_entities_are_refused_in_any_encoding(tmp_path, encoding):
-    bomb = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE d [<!ENTITY a "{"x" * 99}"><!ENTITY b "{"&a;" * 99}">]><dataset>&b;</dataset>'
+    entities = f'<!ENTITY a "{"x" * 99}"><!ENTITY b "{"&a;" * 99}">'
+    bomb = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE d [{entities}]><dataset>&b;</dataset>'
     (tmp_path / "x.xml").write_bytes(bomb.encode(encoding))
     with pytest.raises(InputError, match="DOCTYPE"):
         read_boxes(tmp_path)
 
 
-def test_absent_photos_are_named_not_scored(tmp_path, caplog):
+def test_absent_images_are_named_not_scored(tmp_path, caplog):
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((8, 8, 3), np.uint8))
     box = "<box top='1' left='1' width='3' height='3'/>"
     (tmp_path / "x.xml").write_text(f"<d><image file='a.jpg'>{box}</image><image file='b.jpg'>{box}</image></d>")
@@ -234,7 +235,7 @@ def test_detection_task_counts_what_float_and_int8_found(tmp_path):
 # ---------------------------------------------------------------- alignment
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(2, 8), st.integers(0, 2**32 - 1))
 def test_umeyama_finds_an_exact_similarity(n, seed):
     rng = np.random.default_rng(seed)
@@ -248,7 +249,7 @@ def test_umeyama_finds_an_exact_similarity(n, seed):
     assert np.allclose(umeyama(source, source @ linear.T + shift), np.column_stack([linear, shift]), atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_umeyama_is_the_least_squares_solution(seed):
     rng = np.random.default_rng(seed)
@@ -268,7 +269,7 @@ def test_umeyama_is_the_least_squares_solution(seed):
     assert np.linalg.det(ours[:, :2]) >= 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(3, 8), st.booleans())
 def test_umeyama_is_scikit_images_similarity_transform(seed, n, mirrored):
     """Five points in a photo against the template, and any others, also where a reflection would fit better."""
@@ -312,7 +313,7 @@ scores = st.lists(st.tuples(st.integers(-20, 20).map(lambda v: v / 20), st.boole
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(scores)
 def test_metrics_agree_with_scikit_learn_and_brute_force(rows):
     s, y = np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
@@ -337,7 +338,7 @@ def test_metrics_agree_with_scikit_learn_and_brute_force(rows):
     assert 0 <= rate <= 1 and (at <= 1 - rate + 1e-9 or rate == 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(scores.filter(lambda rows: len(rows) >= 8), st.integers(2, 5))
 def test_kfold_never_looks_at_its_own_fold(rows, folds):
     s, y = np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
@@ -403,12 +404,12 @@ def test_what_is_missing_or_malformed_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("line", ["A 1", "A 1 2 3 4", "A x 2", "/A 1 2", ".. 1 2", "A\\B 1 2", "A 1 A 1"])
-def test_a_line_that_is_no_pair(line):
+def test_a_line_that_is_not_a_pair(line):
     with pytest.raises(ValueError):
         parse_pair(line)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), wanted=st.integers(1, 12))
 def test_held_out_people_are_in_no_scored_pair(tmp_path_factory, seed, wanted):
     rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("h")

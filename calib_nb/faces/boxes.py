@@ -23,17 +23,16 @@ from .detect import Faces, box_iou, decode_yunet, letterbox, letterbox_scale
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/faces/08_boxes.ipynb #cell-7
+# %% ../../nbs/faces/08_boxes.ipynb #cell-9
 def _box(source: str, values: list) -> list[float]:
-    """x1, y1, x2, y2 of x, y, w, h; an InputError that names the source for anything else than four numbers and a positive size."""
+    """x1, y1, x2, y2 of x, y, w, h; anything but four numbers and a positive size is an error that names the source."""
     try:
         x, y, w, h = (float(v) for v in values)
     except (TypeError, ValueError) as e:
         raise InputError(f"{source}: {str(values)[:60]} is not a box", expected="x, y, width, height") from e
     if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-        raise InputError(
-            f"{source}: box {[x, y, w, h]} has no area", expected="finite numbers, width and height above 0"
-        )
+        expected = "finite numbers, width and height above 0"
+        raise InputError(f"{source}: box {[x, y, w, h]} has no area", expected=expected)
     return [x, y, x + w, y + h]
 
 
@@ -41,17 +40,15 @@ def _json_boxes(file: Path) -> list[tuple[str, list[float]]]:
     entries = read_json(file)
     if not isinstance(entries, list) or not all(isinstance(e, dict) and {"iname", "bbox"} <= set(e) for e in entries):
         raise InputError(f"{file.name} does not list boxes", expected='[{"iname": "a.jpg", "bbox": [x, y, w, h]}, ...]')
-    return [
-        (
-            f"images/{e['iname']}",
-            _box(f"{file.name}, {e['iname']}", e["bbox"] if isinstance(e["bbox"], list) else [e["bbox"]]),
-        )
-        for e in entries
-    ]
+    rows = []
+    for entry in entries:
+        numbers = entry["bbox"] if isinstance(entry["bbox"], list) else [entry["bbox"]]
+        rows.append((f"images/{entry['iname']}", _box(f"{file.name}, {entry['iname']}", numbers)))
+    return rows
 
 
 def _xml_boxes(file: Path) -> list[tuple[str, list[float]]]:
-    rows, photo = [], [""]
+    rows, image = [], [""]
     parser = xml.parsers.expat.ParserCreate()
 
     def refuse(*_):
@@ -63,49 +60,65 @@ def _xml_boxes(file: Path) -> list[tuple[str, list[float]]]:
 
     def start(tag, attributes):
         if tag == "image":
-            photo[0] = attributes.get("file", "")
+            image[0] = attributes.get("file", "")
         elif tag == "box" and attributes.get("ignore", "0") != "1":
-            rows.append(
-                (
-                    photo[0],
-                    _box(f"{file.name}, {photo[0]}", [attributes.get(k) for k in ("left", "top", "width", "height")]),
-                )
-            )
+            numbers = [attributes.get(k) for k in ("left", "top", "width", "height")]
+            rows.append((image[0], _box(f"{file.name}, {image[0]}", numbers)))
 
     parser.StartDoctypeDeclHandler, parser.StartElementHandler = refuse, start
     try:
         parser.Parse(file.read_bytes(), True)
     except xml.parsers.expat.ExpatError as e:
-        raise InputError(f"{file.name} is not valid XML: {e}", fix="mend it, or remove it from the folder") from e
+        raise InputError(f"{file.name} is not valid XML: {e}", fix="correct it, or remove it from the folder") from e
     return rows
 
 
 def read_boxes(folder: str | Path) -> pd.DataFrame:
-    """Every labelled face below `folder`, one row each: path (POSIX, relative to `folder`), x1, y1, x2, y2 in pixels.
+    """Every labelled face below a folder; labels of images that are not there are left out with a warning.
 
-    Labels of photos that are not there are left out with a warning; no label at all is an `InputError`. Source: dlib's imglab XML; COCO's [x, y, w, h].
+    Args:
+        folder: Holds ground-truth.json beside images/, or dlib XML beside its images, at any depth.
+
+    Returns:
+        One row per face: path (POSIX, relative to `folder`), x1, y1, x2, y2 in pixels.
+
+    Raises:
+        InputError: A label is malformed or leads out of the folder, or there is none.
+
+    Source: dlib's imglab XML; COCO's [x, y, w, h].
     """
     folder, rows = Path(folder), []
     if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}", expected="labelled photos", fix="check the path")
+        raise InputError(f"no such folder: {folder}", expected="labelled images", fix="check the path")
     for file in sorted([*folder.rglob("ground-truth.json"), *folder.rglob("*.xml")]):
         for name, box in _json_boxes(file) if file.suffix == ".json" else _xml_boxes(file):
-            photo = contained(folder, file.parent.resolve() / name)
-            rows.append((photo.relative_to(folder.resolve()).as_posix(), photo.is_file(), *box))
+            image = contained(folder, file.parent.resolve() / name)
+            rows.append((image.relative_to(folder.resolve()).as_posix(), image.is_file(), *box))
     table = pd.DataFrame(rows, columns=["path", "there", "x1", "y1", "x2", "y2"])
     if absent := sorted(set(table.loc[~table["there"].astype(bool), "path"])):
-        _log.warning("%d labelled photos are not there, %s first", len(absent), absent[0])
+        _log.warning("%d labelled images are not there, %s first", len(absent), absent[0])
     table = table[table["there"].astype(bool)].drop(columns="there").reset_index(drop=True)
     if table.empty:
         raise InputError(
-            f"{folder} holds no labelled photos",
-            expected="ground-truth.json beside images/, or dlib XML beside its photos",
+            f"{folder} holds no labelled images",
+            expected="ground-truth.json beside images/, or dlib XML beside its images",
         )
     return table
 
-# %% ../../nbs/faces/08_boxes.ipynb #cell-10
+# %% ../../nbs/faces/08_boxes.ipynb #cell-16
 def match_boxes(found: np.ndarray, truth: np.ndarray, iou: float = 0.5) -> np.ndarray:
-    """Greedy matches [k,2] (index in `found`, index in `truth`) of boxes [n,4] and [m,4]; `found` is ordered by falling score. Source: PASCAL VOC."""
+    """Greedy one-to-one matches of two sets of boxes.
+
+    Args:
+        found: Boxes [n,4], by falling score.
+        truth: Boxes [m,4].
+        iou: Least overlap of a match.
+
+    Returns:
+        [k,2]: index in `found`, index in `truth`.
+
+    Source: PASCAL VOC.
+    """
     overlap, matches = box_iou(found, truth), []
     for i in range(len(overlap)):
         if overlap.shape[1] and overlap[i].max() >= iou:
@@ -114,19 +127,38 @@ def match_boxes(found: np.ndarray, truth: np.ndarray, iou: float = 0.5) -> np.nd
             overlap[:, j] = 0
     return np.array(matches, int).reshape(-1, 2)
 
-
+# %% ../../nbs/faces/08_boxes.ipynb #cell-19
 def precision_recall(hits: int, false_alarms: int, misses: int) -> dict[str, float]:
-    """precision, recall and their harmonic mean f1 (0-1) from counts; nothing found is precision 1, nothing to find recall 1. Source: van Rijsbergen 1979."""
+    """Precision, recall and their harmonic mean from counts.
+
+    Args:
+        hits: Faces that were matched.
+        false_alarms: Answers without a labelled face.
+        misses: Labelled faces without an answer.
+
+    Returns:
+        precision, recall and f1, 0-1; no answer is precision 1, no labelled face recall 1.
+
+    Source: van Rijsbergen 1979.
+    """
     precision, recall = (hits / (hits + other) if hits + other else 1.0 for other in (false_alarms, misses))
-    return {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * hits / (2 * hits + false_alarms + misses) if hits + false_alarms + misses else 1.0,
-    }
+    total = hits + false_alarms + misses
+    return {"precision": precision, "recall": recall, "f1": 2 * hits / (hits + total) if total else 1.0}
 
-
+# %% ../../nbs/faces/08_boxes.ipynb #cell-22
 def score_faces(found: Mapping[str, Faces], truth: pd.DataFrame, iou: float = 0.5) -> dict[str, float]:
-    """`precision_recall` over all photos of `truth` (a table as of `read_boxes`), from the faces `found` in each by path; a photo that is not in `found` has none. Source: PASCAL VOC."""
+    """`precision_recall` over all labelled images.
+
+    Args:
+        found: A detector's faces by path.
+        truth: A table as of `read_boxes`.
+        iou: Least overlap of a match.
+
+    Returns:
+        precision, recall and f1, 0-1.
+
+    Source: PASCAL VOC.
+    """
     hits = alarms = misses = 0
     for path, rows in truth.groupby("path"):
         boxes = found[path].boxes if path in found else np.zeros((0, 4))
@@ -134,120 +166,135 @@ def score_faces(found: Mapping[str, Faces], truth: pd.DataFrame, iou: float = 0.
         hits, alarms, misses = hits + matched, alarms + len(boxes) - matched, misses + len(rows) - matched
     return precision_recall(hits, alarms, misses)
 
-# %% ../../nbs/faces/08_boxes.ipynb #cell-13
+# %% ../../nbs/faces/08_boxes.ipynb #cell-25
 def landmark_drift(found: Faces, reference: Faces, iou: float = 0.5) -> pd.DataFrame:
-    """One row per face that both models found: face_px (sqrt of the reference box's area), eye_px (the reference's eyes apart), landmark_px (mean distance of the five points). Source: ours."""
+    """How far the points of one model lie from those of another, on the faces that both see.
+
+    Args:
+        found: Faces of the one.
+        reference: Faces of the other, in the same image.
+        iou: Least overlap of a match.
+
+    Returns:
+        One row per face: face_px (square root of the reference box's area), eye_px (distance of the reference's eyes),
+        landmark_px (mean distance of the five points).
+    """
     pairs = match_boxes(found.boxes, reference.boxes, iou)
-    box = reference.boxes[pairs[:, 1]]
-    distance = np.linalg.norm(found.landmarks[pairs[:, 0]] - reference.landmarks[pairs[:, 1]], axis=2).mean(axis=1)
-    points = reference.landmarks[pairs[:, 1]]
-    eyes = np.linalg.norm(points[:, 0] - points[:, 1], axis=1)
+    box, points = reference.boxes[pairs[:, 1]], reference.landmarks[pairs[:, 1]]
     return pd.DataFrame(
-        {"face_px": np.sqrt((box[:, 2:] - box[:, :2]).prod(axis=1)), "eye_px": eyes, "landmark_px": distance}
+        {
+            "face_px": np.sqrt((box[:, 2:] - box[:, :2]).prod(axis=1)),
+            "eye_px": np.linalg.norm(points[:, 0] - points[:, 1], axis=1),
+            "landmark_px": np.linalg.norm(found.landmarks[pairs[:, 0]] - points, axis=2).mean(axis=1),
+        }
     )
 
-# %% ../../nbs/faces/08_boxes.ipynb #cell-16
+# %% ../../nbs/faces/08_boxes.ipynb #cell-28
 def drift_by_size(
     found: Sequence[Faces], reference: Sequence[Faces], edges: Sequence[float] = (32, 64, 128), iou: float = 0.5
 ) -> pd.DataFrame:
-    """One row per size of face, parted at `edges` (px, sqrt of the reference box's area): size, faces (in `reference`), found (share of them, 0-1), landmark_px and landmark_p95_px (median and 95th percentile of `landmark_drift`), and
-    of_eyes (median drift as a share of the eye distance). `found` and `reference` hold the faces of the same photos. Source: ours."""
+    """`landmark_drift` by the size of the face.
+
+    Args:
+        found: Faces of one model, image by image.
+        reference: Faces of another in the same images.
+        edges: Between the sizes, pixels (square root of the reference box's area).
+        iou: Least overlap of a match.
+
+    Returns:
+        One row per size that occurs: size, faces (in `reference`), found (share of them, 0-1), landmark_px and
+        landmark_p95_px (median and 95th percentile), of_eyes (median drift as a share of the eye distance).
+    """
     drift = pd.concat([landmark_drift(f, r, iou) for f, r in zip(found, reference, strict=True)], ignore_index=True)
+    drift["of_eyes"] = drift.landmark_px / drift.eye_px
     every = np.sqrt(np.concatenate([(r.boxes[:, 2:] - r.boxes[:, :2]).prod(axis=1) for r in reference]))
     limits, rows = [0, *edges, math.inf], []
     for low, high in zip(limits, limits[1:]):
-        part, count = (
-            drift[(drift.face_px >= low) & (drift.face_px < high)],
-            int(((every >= low) & (every < high)).sum()),
-        )
-        if count:
-            rows.append(
-                (
-                    f"{low:g} px and more" if high == math.inf else f"{low:g} to {high:g} px",
-                    count,
-                    len(part) / count,
-                    part.landmark_px.median(),
-                    part.landmark_px.quantile(0.95),
-                    (part.landmark_px / part.eye_px).median(),
-                )
-            )
+        part = drift[(drift.face_px >= low) & (drift.face_px < high)]
+        if count := int(((every >= low) & (every < high)).sum()):
+            size = f"{low:g} px and more" if high == math.inf else f"{low:g} to {high:g} px"
+            medians = part.landmark_px.median(), part.landmark_px.quantile(0.95), part.of_eyes.median()
+            rows.append((size, count, len(part) / count, *medians))
     return pd.DataFrame(rows, columns=["size", "faces", "found", "landmark_px", "landmark_p95_px", "of_eyes"])
 
-# %% ../../nbs/faces/08_boxes.ipynb #cell-19
+# %% ../../nbs/faces/08_boxes.ipynb #cell-36
 class DetectionTask:
-    """A YuNet scored on labelled photos. `truth` is a table as of `read_boxes`, its paths relative to `folder`; `input_size` is the model's (width, height).
+    """A YuNet scored on labelled images; these are letterboxed, and boxes and distances are in their pixels.
 
-    Photos are letterboxed; boxes and distances are in photo pixels. `preprocess` defaults to the preset `yunet`. Source: ours; PASCAL VOC matching.
+    Args:
+        folder: Holds the images.
+        truth: A table as of `read_boxes`, its paths relative to `folder`.
+        input_size: Width and height of the model's input, pixels.
+        score_threshold: Least score of a face.
+        nms_threshold: Largest overlap of two faces.
+        preprocess: Instead of the preset `yunet`.
+
+    Source: PASCAL VOC, for the matching.
     """
 
     name, primary, higher_is_better = "detection", "f1", True
 
-    def __init__(self, folder: str | Path, truth: pd.DataFrame, *, input_size: tuple[int, int], score_threshold: float = 0.7, nms_threshold: float = 0.3,
-                 preprocess: Preprocess | None = None):  # fmt: skip
+    def __init__(
+        self,
+        folder: str | Path,
+        truth: pd.DataFrame,
+        *,
+        input_size: tuple[int, int],
+        score_threshold: float = 0.7,
+        nms_threshold: float = 0.3,
+        preprocess: Preprocess | None = None,
+    ):
         self.truth: Mapping[str, np.ndarray] = {
             path: rows[["x1", "y1", "x2", "y2"]].to_numpy(float) for path, rows in truth.groupby("path")
         }
         self.samples = [Path(folder) / path for path in self.truth]
-        self.input_size, self.score_threshold, self.nms_threshold = input_size, score_threshold, nms_threshold
+        self.input_size = input_size
+        self.thresholds = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
         self.preprocess = preprocess or preset("yunet", size=input_size)
-        sizes = [probe(photo) for photo in self.samples]
+        sizes = [probe(image) for image in self.samples]
         self.scales = [letterbox_scale(info.width, info.height, input_size) for info in sizes]
 
     def load(self, photo: str | Path) -> np.ndarray:
-        """The network's input for one photo, float32 [1,3,H,W]."""
+        """The network's input for one image, float32 [1,3,H,W]."""
         return np.float32(self.preprocess(letterbox(decode(photo), self.input_size)[0]))
 
     def faces(self, outputs: list[dict[str, np.ndarray]]) -> list[Faces]:
-        """The faces of every sample in photo pixels, from a model's raw outputs."""
-        settings = {
-            "input_size": self.input_size,
-            "score_threshold": self.score_threshold,
-            "nms_threshold": self.nms_threshold,
-        }
-        return [
-            decode_yunet(output, **settings).scaled(1 / scale)
-            for output, scale in zip(outputs, self.scales, strict=True)
-        ]
+        """The faces of every sample in its pixels, from a model's raw outputs."""
+        decoded = [decode_yunet(output, input_size=self.input_size, **self.thresholds) for output in outputs]
+        return [faces.scaled(1 / scale) for faces, scale in zip(decoded, self.scales, strict=True)]
 
     def units(self, outputs: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]]) -> pd.DataFrame:
-        """One row per photo: path, hits, false_alarms, misses, and landmark_px, the median drift of its faces against the reference (NaN: none shared)."""
+        """Counts of every image.
+
+        Args:
+            outputs: A model's raw outputs, sample by sample.
+            reference: Those of the model that it is compared with.
+
+        Returns:
+            One row per image: path, hits, false_alarms, misses, and landmark_px, the median drift of its faces against
+            the reference (NaN: none shared).
+        """
         rows = []
         for (path, boxes), found, other in zip(
             self.truth.items(), self.faces(outputs), self.faces(reference), strict=True
         ):
             hits = len(match_boxes(found.boxes, boxes))
             drift = landmark_drift(found, other)["landmark_px"].median()
-            rows.append(
-                {
-                    "path": path,
-                    "hits": hits,
-                    "false_alarms": len(found) - hits,
-                    "misses": len(boxes) - hits,
-                    "landmark_px": drift,
-                }
-            )
-        return pd.DataFrame(rows)
+            rows.append((path, hits, len(found) - hits, len(boxes) - hits, drift))
+        return pd.DataFrame(rows, columns=["path", "hits", "false_alarms", "misses", "landmark_px"])
 
     def slices(self) -> pd.DataFrame:
-        """One row per photo: face_size, the third of the photos to which the median size of its labelled faces (px) belongs."""
-        sizes = pd.Series([float(np.median(np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)))) for b in self.truth.values()])
-        return pd.DataFrame(
-            {
-                "face_size": pd.qcut(sizes, 3, duplicates="drop", precision=0).map(
-                    lambda third: f"{third.left:.0f} to {third.right:.0f} px"
-                )
-            }
-        )
+        """One row per image: face_size, its third of the images by the median size of their labelled faces (px)."""
+        areas = [(b[:, 2:] - b[:, :2]).prod(axis=1) for b in self.truth.values()]
+        sizes = pd.Series([float(np.median(np.sqrt(area))) for area in areas])
+        thirds = pd.qcut(sizes, 3, duplicates="drop", precision=0)
+        return pd.DataFrame({"face_size": thirds.map(lambda third: f"{third.left:.0f} to {third.right:.0f} px")})
 
     def metrics(self, units: pd.DataFrame) -> dict[str, float]:
-        """f1, precision, recall (0-1) over all faces, and landmark_px, the median over photos (NaN when no face is shared)."""
+        """f1, precision, recall (0-1) over all faces; landmark_px, the median over images (NaN: none shared)."""
         counts = units[["hits", "false_alarms", "misses"]].to_numpy().sum(axis=0)
         scores = precision_recall(*counts.tolist())
         drift = units["landmark_px"].to_numpy(float)
         drift = drift[~np.isnan(drift)]
-        return {
-            "f1": scores["f1"],
-            "precision": scores["precision"],
-            "recall": scores["recall"],
-            "landmark_px": float(np.median(drift)) if drift.size else math.nan,
-        }
+        order = {name: scores[name] for name in ("f1", "precision", "recall")}
+        return {**order, "landmark_px": float(np.median(drift)) if drift.size else math.nan}

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -31,36 +31,46 @@ from .mtcnn import Mtcnn
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/faces/07_detectors.ipynb #cell-8
-def read_image(image, order: str | None = None) -> np.ndarray:
-    """uint8 BGR [H,W,3] of a path, a PIL image, or a uint8 array [H,W], [H,W,1], [H,W,3], [H,W,4] in `order` "bgr" or "rgb" (alpha last, dropped; gray repeated).
+# %% ../../nbs/faces/07_detectors.ipynb #cell-9
+def _pil_array(image) -> np.ndarray:
+    """RGB of a PIL image."""
+    if image.mode[:1] in "IF":
+        raise InputError(
+            f"a PIL image of mode {image.mode}",
+            expected="8 bits per channel",
+            fix='convert it: image.convert("RGB"), after scaling to 0-255',
+        )
+    return np.asarray(image.convert("RGB"))
 
-    A file that is no picture is an `ImageError`, anything else that cannot be used an `InputError`. Source: ours.
+
+def read_image(image, order: str | None = None) -> np.ndarray:
+    """An image in any of its forms as one array.
+
+    Args:
+        image: A path, a PIL image, or a uint8 array [H,W], [H,W,1], [H,W,3] or [H,W,4] (alpha last).
+        order: "bgr" or "rgb", for an array with colours.
+
+    Returns:
+        uint8 BGR [H,W,3]; alpha is dropped, gray repeated.
+
+    Raises:
+        ImageError: The file is not an image.
+        InputError: Anything else that cannot be used.
     """
     if isinstance(image, str | Path):
         return decode(image)
     if hasattr(image, "getbands"):
-        if image.mode[:1] in "IF":
-            raise InputError(
-                f"a PIL image of mode {image.mode}",
-                expected="8 bits per channel",
-                fix='convert it: image.convert("RGB"), after scaling to 0-255',
-            )
-        image, order = np.asarray(image.convert("RGB")), "rgb"
+        image, order = _pil_array(image), "rgb"
     if not isinstance(image, np.ndarray):
         raise InputError(f"an image of type {type(image).__name__}", expected="a path, a PIL image or a numpy array")
-    if (
-        image.dtype != np.uint8
-        or not 2 <= image.ndim <= 3
-        or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
-        or not image.size
-    ):
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.dtype != np.uint8 or not 2 <= image.ndim <= 3 or channels not in (1, 3, 4) or not image.size:
         raise InputError(
             f"an array {list(image.shape)} of {image.dtype}",
             expected="uint8 [H,W], [H,W,3] or [H,W,4], 0-255",
-            fix="scale a float picture to 0-255 and round it",
+            fix="scale a float image to 0-255 and round it",
         )
-    if image.ndim == 2 or image.shape[2] == 1:
+    if channels == 1:
         return cv2.cvtColor(image.reshape(image.shape[:2]), cv2.COLOR_GRAY2BGR)
     if order is None:
         raise InputError(
@@ -71,10 +81,21 @@ def read_image(image, order: str | None = None) -> np.ndarray:
     bgr = image[..., :3] if require_known(order, ("bgr", "rgb"), "order") == "bgr" else image[..., 2::-1]
     return np.ascontiguousarray(bgr)
 
-# %% ../../nbs/faces/07_detectors.ipynb #cell-11
+# %% ../../nbs/faces/07_detectors.ipynb #cell-16
 @dataclass(frozen=True)
 class Method:
-    """A detector: what it `runs_on`, where its `landmarks` come from, the published `models` it needs, and its thresholds (NaN: it has none to set); for ONNX the `decode`r, `preprocess` and `placing`. Source: ours."""
+    """A detector of faces, as `FaceDetector` builds it.
+
+    Args:
+        runs_on: The library.
+        landmarks: Where its five points come from.
+        models: Names of the published files it needs, in the model registry.
+        score_threshold: Its least score of a face; NaN where it has none to set.
+        nms_threshold: Its largest overlap of two faces; NaN where it has none to set.
+        decode: From outputs to `Faces`, for ONNX Runtime.
+        preprocess: From a letterboxed BGR picture to the network's input, for ONNX Runtime.
+        placing: Options of `letterbox`, for ONNX Runtime.
+    """
 
     runs_on: str
     landmarks: str
@@ -86,54 +107,25 @@ class Method:
     placing: dict = field(default_factory=dict)
 
 
-def _chain(rgb: bool) -> Preprocess:
-    return Preprocess().convert_color("BGR2RGB") if rgb else Preprocess()
+def _network(models: str, score: float, nms: float, decoder: Callable, chain: Preprocess, **placing) -> Method:
+    """A method with five landmarks in ONNX Runtime; `chain` ends as pixels [H,W,3]."""
+    tensor = chain.transpose([2, 0, 1]).expand_dim(0)
+    return Method("ONNX Runtime", "5", (models,), score, nms, decoder, tensor, placing)
 
 
-def _tensor(chain: Preprocess) -> Preprocess:
-    return chain.transpose([2, 0, 1]).expand_dim(0)
+def _rgb() -> Preprocess:
+    return Preprocess().convert_color("BGR2RGB")
 
 
 DETECTORS = {
     "yunet": Method("OpenCV", "5", ("yunet",), 0.7, 0.3),
-    "scrfd": Method(
-        "ONNX Runtime",
-        "5",
-        ("scrfd",),
-        0.5,
-        0.4,
-        decode_scrfd,
-        _tensor(_chain(True).subtract(127.5).div(128)),
-        {"enlarge": True},
+    "scrfd": _network("scrfd", 0.5, 0.4, decode_scrfd, _rgb().subtract(127.5).div(128), enlarge=True),
+    "retinaface": _network(
+        "retinaface", 0.6, 0.4, decode_retinaface, Preprocess().normalize([104, 117, 123], [1, 1, 1])
     ),
-    "retinaface": Method(
-        "ONNX Runtime",
-        "5",
-        ("retinaface",),
-        0.6,
-        0.4,
-        decode_retinaface,
-        _tensor(_chain(False).normalize([104, 117, 123], [1, 1, 1])),
-    ),
-    "yolov5_face": Method(
-        "ONNX Runtime",
-        "5",
-        ("yolov5_face",),
-        0.5,
-        0.5,
-        decode_yolov5_face,
-        _tensor(_chain(True).div(255)),
-        {"centred": True, "fill": 114},
-    ),
-    "yolov8": Method(
-        "ONNX Runtime",
-        "5, or from the box",
-        ("yolov8",),
-        0.45,
-        0.5,
-        decode_yolov8_face,
-        _tensor(_chain(True).div(255)),
-        {"centred": True},
+    "yolov5_face": _network("yolov5_face", 0.5, 0.5, decode_yolov5_face, _rgb().div(255), centred=True, fill=114),
+    "yolov8": replace(
+        _network("yolov8", 0.45, 0.5, decode_yolov8_face, _rgb().div(255), centred=True), landmarks="5, or from the box"
     ),
     "mtcnn": Method("torch", "5", ("mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet"), 0.9),
     "rtmpose": Method("ONNX Runtime", "5 of 106", ()),
@@ -142,101 +134,134 @@ DETECTORS = {
 }
 _PACKAGES = {"OpenCV": "cv2", "ONNX Runtime": "onnxruntime", "torch": "torch", "mediapipe": "mediapipe"}
 
-# %% ../../nbs/faces/07_detectors.ipynb #cell-14
+# %% ../../nbs/faces/07_detectors.ipynb #cell-21
+def _lacking(name: str, models: str | Path | None) -> list[tuple[str, str]]:
+    """What the method cannot do without: what is missing, and the command that gets it."""
+    method, lacking = DETECTORS[name], []
+    package = _PACKAGES[method.runs_on]
+    if importlib.util.find_spec(package) is None:
+        lacking.append((f"package {package}", f"pip install 'calib-nb[{package}]'"))
+    if name == "rtmpose":
+        missing = "a model file: no public weights could be checked"
+        return [*lacking, (missing, 'FaceDetector("rtmpose", model="your_rtmpose_face.onnx")')]
+    files = verify_models(method.models, models)
+    files = files[files.state != "ok"]
+    if len(files):
+        missing = "; ".join(f"{Path(row.file).name} ({row.state})" for row in files.itertuples())
+        where = "" if (files.fetch == "yes").all() else " says where to put it"
+        lacking.append((missing, f"calib-nb models fetch {name}{where}"))
+    return lacking
+
+
 def available(models: str | Path | None = None) -> pd.DataFrame:
-    """One row per method: method, runs_on, landmarks, ready (bool), missing (text, "" when nothing is), get (the command that gets it). `models` is the folder of model files. Source: ours."""
+    """Which methods can run here, and what the others lack.
+
+    Args:
+        models: Folder of model files, instead of the usual one.
+
+    Returns:
+        One row per method: method, runs_on, landmarks, ready (bool), missing ("" when nothing is), get (the command).
+    """
     rows = []
     for name, method in DETECTORS.items():
-        missing, get = [], []
-        if importlib.util.find_spec(_PACKAGES[method.runs_on]) is None:
-            missing.append(f"package {_PACKAGES[method.runs_on]}")
-            get.append(f"pip install 'calib-nb[{_PACKAGES[method.runs_on]}]'")
-        files = (
-            verify_models(method.models, models) if method.models else pd.DataFrame(columns=["state", "file", "fetch"])
-        )
-        for row in files[files.state != "ok"].itertuples():
-            missing.append(f"{Path(row.file).name} ({row.state})")
-        if (wrong := files[files.state != "ok"]).size:
-            get.append(
-                f"calib-nb models fetch {name}"
-                if (wrong.fetch == "yes").all()
-                else f"calib-nb models fetch {name} says where to put it"
-            )
-        if name == "rtmpose":
-            missing.append("a model file: no public weights could be checked")
-            get.append('FaceDetector("rtmpose", model="your_rtmpose_face.onnx")')
-        rows.append((name, method.runs_on, method.landmarks, not missing, "; ".join(missing), "; ".join(get)))
+        lacking = _lacking(name, models)
+        missing, get = ("; ".join(part) for part in zip(*lacking)) if lacking else ("", "")
+        rows.append((name, method.runs_on, method.landmarks, not lacking, missing, get))
     return pd.DataFrame(rows, columns=["method", "runs_on", "landmarks", "ready", "missing", "get"])
 
-# %% ../../nbs/faces/07_detectors.ipynb #cell-17
+# %% ../../nbs/faces/07_detectors.ipynb #cell-26
 @dataclass(frozen=True, eq=False)
 class Face:
-    """One face: `box` float32 [4] (x1, y1, x2, y2), `score` 0-1, `landmarks` float32 [5,2] (right eye, left eye, nose, right and left mouth corner), in pixels of its picture. Source: ours."""
+    """One face, in pixels of its image.
+
+    Args:
+        box: Corners, float32 [4] (x1, y1, x2, y2).
+        score: How sure the detector is, 0-1.
+        landmarks: Right eye, left eye, nose, right and left mouth corner, float32 [5,2].
+    """
 
     box: np.ndarray
     score: float
     landmarks: np.ndarray
 
 
-class FaceDetector:
-    """The method `name` (see METHODS) on `device` auto, cpu or cuda, with published files from the folder `models`, or with the file `model` (mtcnn: a folder of its three).
+def _thresholds(name: str, given: dict[str, float | None], boxes: str) -> dict[str, float]:
+    """The method's thresholds, with those that are given instead."""
+    thresholds = {}
+    for key, value in given.items():
+        default = getattr(DETECTORS[name], key)
+        if value is not None and math.isnan(default):
+            other = f"; it belongs to boxes={boxes!r}" if name == "rtmpose" else ""
+            raise InputError(f"{name} has no {key}", fix=f"leave it out{other}")
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"{key} {value}", expected="0 to 1")
+        thresholds |= {} if math.isnan(default) else {key: default if value is None else float(value)}
+    return thresholds
 
-    `score_threshold` and `nms_threshold` replace the method's own; `boxes` names the method that finds boxes for rtmpose; `threads` is per network. Images are paths, PIL images, or arrays with `order`. Source: ours.
+
+class FaceDetector:
+    """Any of the methods, behind one interface; images are paths, PIL images, or arrays with `order`.
+
+    Args:
+        name: The method, see `DETECTORS`.
+        device: "auto", "cpu" or "cuda".
+        models: Folder of published files, instead of the usual one.
+        model: Another file for the method (mtcnn: a folder of its three).
+        score_threshold: Least score of a face, instead of the method's.
+        nms_threshold: Largest overlap of two faces, instead of the method's.
+        boxes: The method that finds boxes for rtmpose.
+        threads: Threads per operator.
+
+    Raises:
+        InputError: The name, the device or a threshold is not one of this method's.
+        ModelError: A file or a package is missing or of another kind.
     """
 
-    def __init__(self, name: str, device: str = "auto", models: str | Path | None = None, *, model: str | Path | None = None, score_threshold: float | None = None,
-                 nms_threshold: float | None = None, boxes: str = "yunet", threads: int = 2):  # fmt: skip
-        method = DETECTORS[require_known(name, DETECTORS, "face detector")]
+    def __init__(
+        self,
+        name: str,
+        device: str = "auto",
+        models: str | Path | None = None,
+        *,
+        model: str | Path | None = None,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        boxes: str = "yunet",
+        threads: int = 2,
+    ):
+        self.name, self.method = name, DETECTORS[require_known(name, DETECTORS, "face detector")]
         require_known(device, ("auto", "cpu", "cuda"), "device")
-        thresholds = {}
-        for key, given in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
-            own = getattr(method, key)
-            if given is not None and math.isnan(own):
-                raise InputError(
-                    f"{name} has no {key}",
-                    fix="leave it out" + (f"; it belongs to boxes={boxes!r}" if name == "rtmpose" else ""),
-                )
-            if given is not None and not 0 <= given <= 1:
-                raise InputError(f"{key} {given}", expected="0 to 1")
-            thresholds |= {} if math.isnan(own) else {key: own if given is None else float(given)}
+        given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
+        self.thresholds = _thresholds(name, given, boxes)
         if model is not None and not Path(model).exists():
             raise ModelError(f"no such model: {model}", fix="check the path")
-        self.name, self.method, self.thresholds = name, method, thresholds
-        self._engine = self._build(device, models, model, boxes, threads)
-
-    def _build(self, device, models, model, boxes, threads):
-        name, method, own = self.name, self.method, self.thresholds
-        if importlib.util.find_spec(_PACKAGES[method.runs_on]) is None:
-            package = _PACKAGES[method.runs_on]
-            raise ModelError(
-                f"{name} runs on the package {package}, which is not installed",
-                fix=f"pip install 'calib-nb[{package}]'",
-            )
+        package = _PACKAGES[self.method.runs_on]
+        if importlib.util.find_spec(package) is None:
+            missing = f"{name} runs on the package {package}, which is not installed"
+            raise ModelError(missing, fix=f"pip install 'calib-nb[{package}]'")
         if name == "rtmpose":
             if model is None:
-                raise ModelError(
-                    "rtmpose needs a model file: no public weights could be checked",
-                    fix='FaceDetector("rtmpose", model="your_rtmpose_face.onnx")',
-                )
-            return RtmposeFaces(
-                model, FaceDetector(boxes, device, models, threads=threads)._engine, threads=threads, device=device
-            )
+                missing = "rtmpose needs a model file: no public weights could be checked"
+                raise ModelError(missing, fix='FaceDetector("rtmpose", model="your_rtmpose_face.onnx")')
+            below = FaceDetector(boxes, device, models, threads=threads)._engine
+            self._engine = RtmposeFaces(model, below, threads=threads, device=device)
+        else:
+            self._engine = self._build(device, models, model, threads)
+
+    def _build(self, device, models, model, threads):
+        name, method, own = self.name, self.method, self.thresholds
         path = Path(model) if model is not None else [fetch_model(m, models) for m in find_models(method.models)][0]
+        if name == "yunet" and model is None and device != "cuda":
+            return OpenCVYuNet(path, max_side=1280, **own)
         if name == "yunet":
-            return (
-                YuNetDetector(path, threads=threads, device=device, **own)
-                if model is not None or device == "cuda"
-                else OpenCVYuNet(path, max_side=1280, **own)
-            )
+            return YuNetDetector(path, threads=threads, device=device, **own)
         if name == "mtcnn":
-            return Mtcnn(
-                path if model is not None else path.parent, device=device, thresholds=(0.6, 0.7, own["score_threshold"])
-            )
+            folder = path if model is not None else path.parent
+            return Mtcnn(folder, device=device, thresholds=(0.6, 0.7, own["score_threshold"]))
         if method.runs_on == "mediapipe":
             return MediaPipeFaces(path, "mesh" if name == "mediapipe" else "simple", **own)
-        return OnnxDetector(
-            path, method.decode, method.preprocess, placing=method.placing, threads=threads, device=device, **own
-        )
+        own = {**own, "placing": method.placing, "threads": threads, "device": device}
+        return OnnxDetector(path, method.decode, method.preprocess, **own)
 
     def find(self, image, order: str | None = None) -> Faces:
         """The faces of one image as `Faces`, best score first."""
@@ -252,14 +277,14 @@ class FaceDetector:
         return np.hstack([faces.boxes, faces.scores[:, None]]).astype(np.float32), faces.landmarks
 
     def align(self, image, order: str | None = None, *, size: int = 112, choose: str = "largest") -> np.ndarray | None:
-        """The aligned RGB crop, uint8 [size,size,3], of the "largest" or most "central" face; None when there is no face."""
+        """The aligned RGB crop, uint8 [size,size,3], of the "largest" or most "central" face; None without a face."""
         bgr = read_image(image, order)
         return _crop(bgr, self._engine.detect(bgr), size, choose)
 
     def detect_batch(
         self, images: Sequence, order: str | None = None, *, workers: int | None = None, progress: bool = True
     ) -> list[list[Face] | None]:
-        """`detect` of each image, in their order, on threads; None for a picture that cannot be read, which is logged."""
+        """`detect` of each image, in their order, on threads; None for one that cannot be read, which is logged."""
         return self._each(lambda image: self.detect(image, order), images, workers, progress)
 
     def align_batch(
@@ -272,7 +297,7 @@ class FaceDetector:
         workers: int | None = None,
         progress: bool = True,
     ) -> list[np.ndarray | None]:
-        """`align` of each image, in their order, on threads; None without a face, and for a picture that cannot be read, which is logged."""
+        """`align` of each image, in their order, on threads; None without a face, or unreadable and logged."""
         return self._each(lambda image: self.align(image, order, size=size, choose=choose), images, workers, progress)
 
     def _each(self, function: Callable, images: Sequence, workers: int | None, progress: bool) -> list:
@@ -283,45 +308,51 @@ class FaceDetector:
                 _log.warning("%s", e)
                 return None
 
-        return list(
-            parallel_map(
-                careful, images, workers=workers, total=len(images), desc=self.name, unit="image", progress=progress
-            )
-        )
+        work = {"total": len(images), "desc": self.name, "unit": "image", "progress": progress}
+        return list(parallel_map(careful, images, workers=workers, **work))
 
     def benchmark(self, images: Sequence, order: str | None = None, *, size: int = 112) -> pd.DataFrame:
-        """One row per image, one after the other: image (name or number), faces, decode_ms, detect_ms, align_ms (of the largest face), error ("" or why it could not be used).
+        """Times of one image after the other, in milliseconds.
 
-        The first picture is run once before, so that no row holds the start of the library. Source: time.perf_counter.
+        The first image is run once before, so that no row holds the start of the library.
+
+        Args:
+            images: Paths, PIL images or arrays.
+            order: As in `read_image`.
+            size: Side of the aligned crop, pixels.
+
+        Returns:
+            One row per image: image (name or number), faces, decode_ms, detect_ms, align_ms (of the largest face),
+            error ("" or why it could not be used).
         """
         rows, warm = [], False
         for i, image in enumerate(images):
-            row = {
-                "image": Path(image).name if isinstance(image, str | Path) else i,
-                "faces": 0,
-                "decode_ms": math.nan,
-                "detect_ms": math.nan,
-                "align_ms": math.nan,
-                "error": "",
-            }
+            name = Path(image).name if isinstance(image, str | Path) else i
+            row = {"image": name, "faces": 0, **dict.fromkeys(_TIMES, math.nan), "error": ""}
             try:
                 if not warm:
                     self.find(image, order)
                     warm = True
-                times = [time.perf_counter()]
-                bgr = read_image(image, order)
-                times.append(time.perf_counter())
-                faces = self._engine.detect(bgr)
-                times.append(time.perf_counter())
-                _crop(bgr, faces, size, "largest")
-                times.append(time.perf_counter())
-                row |= {"faces": len(faces)} | dict(zip(("decode_ms", "detect_ms", "align_ms"), np.diff(times) * 1000))
+                row |= self._timed(image, order, size)
             except ModelError:
                 raise
             except CalibError as e:
                 row["error"] = str(e)
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def _timed(self, image, order: str | None, size: int) -> dict:
+        times = [time.perf_counter()]
+        bgr = read_image(image, order)
+        times.append(time.perf_counter())
+        faces = self._engine.detect(bgr)
+        times.append(time.perf_counter())
+        _crop(bgr, faces, size, "largest")
+        times.append(time.perf_counter())
+        return {"faces": len(faces), **dict(zip(_TIMES, np.diff(times) * 1000))}
+
+
+_TIMES = ("decode_ms", "detect_ms", "align_ms")
 
 
 def _listed(faces: Faces) -> list[Face]:
