@@ -191,7 +191,7 @@ def test_what_cannot_be_predicted_is_listed(demo, tmp_path):
     faulty = predict_depth(demo.model, demo.root, tmp_path / "out", split_file="faulty_split.json", progress=False)
     reasons = faulty.rejected["reason"].tolist()
     assert {"no image", "truncated", "absolute path", "duplicate", "not an object"} <= set(reasons)
-    assert len(faulty.table) + len(faulty.rejected) == 16
+    assert len(faulty.table) + len(faulty.rejected) == 3 + 16
 
 
 def test_an_output_with_nan_has_no_map(tmp_path):

@@ -28,7 +28,7 @@ class DemoTraining:
     width: float = 0.125
     epochs: int = 14
     learning_rate: float = 4e-3
-    decades: float = 1.5
+    decades: float = 2.0
     seed: int = 0
 
 

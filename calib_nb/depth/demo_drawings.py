@@ -424,7 +424,8 @@ class DemoNcdb:
     """The demo data set.
 
     Args:
-        root: Its folder, with train_split.json, val_split.json (sound frames) and faulty_split.json (broken ones).
+        root: Its folder, with train_split.json, val_split.json (sound frames) and faulty_split.json (three of
+            the sound ones and all broken ones).
         truth: One row per frame, as `demo_ncdb` returns it; the split of a broken frame is "faulty".
     """
 
@@ -438,7 +439,7 @@ def _make_cached(folder: Path, settings: dict) -> None:
     sound = (truth["fault"] == "") & (truth["split"] == "train")
     entries = read_json(folder / "ncdb" / "train_split.json")
     write_json(folder / "ncdb" / "train_split.json", entries[: sound.sum()])
-    write_json(folder / "ncdb" / "faulty_split.json", entries[sound.sum() :])
+    write_json(folder / "ncdb" / "faulty_split.json", entries[sound.sum() - 3 :])
     truth.loc[truth["fault"] != "", "split"] = "faulty"
     truth.to_csv(folder / "truth.csv", index=False)
 
@@ -452,6 +453,6 @@ def cached_ncdb(folder: str | Path | None = None) -> DemoNcdb:
     Returns:
         The data set; do not write into its folder.
     """
-    settings = {"frames": 160, "size": (96, 64), "seed": 0, "renderer": RENDERER}
+    settings = {"frames": 160, "size": (96, 64), "seed": 0, "renderer": RENDERER, "splits": 2}
     made = cached("demo_ncdb", settings, lambda new: _make_cached(new, settings), probe="truth.csv", folder=folder)
     return DemoNcdb(made / "ncdb", pd.read_csv(made / "truth.csv", keep_default_na=False))
