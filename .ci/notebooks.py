@@ -31,6 +31,7 @@ def store(path: Path) -> str:
         NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
     except CellExecutionError as e:
         return str(e)
+    notebook.metadata.pop("widgets", None)  # the state of progress bars, tens of kilobytes
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
     return ""

@@ -243,7 +243,7 @@ def _node_lists(search: _Search, plan: Plan) -> dict[tuple[str, ...], str]:
     )
     for by_cost, order in ((False, "the noisiest first"), (True, "most noise for the cost first")):
         names = choose_float_nodes(
-            table, nodes=target.spare_nodes, macs=target.spare_macs, least=0.005, by_cost=by_cost
+            table, nodes=target.float_nodes, macs=target.float_macs, least=0.005, by_cost=by_cost
         )
         for count in sorted({round(part * len(names)) for part in (0.25, 0.5, 0.75, 1.0)} - {0}):
             if not any(set(known) == set(names[:count]) for known in lists):
@@ -255,7 +255,7 @@ def _with_float_nodes(search: _Search, plan: Plan) -> Plan:
     best = plan
     for names, detail in _node_lists(search, plan).items():
         best = search.better(best, replace(plan, float_nodes=names), "float_nodes", detail)
-    limit = search.target.spare_macs
+    limit = search.target.float_macs
     products = product_nodes(plan.graph, best.float_nodes, limit) if search.target.float_between else []
     if products:
         more = replace(best, float_nodes=(*best.float_nodes, *products))

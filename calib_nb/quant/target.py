@@ -31,8 +31,8 @@ class Profile:
         kernels: Operator types that the target computes in integers; none named: all.
         float_between: Whether only the products of a network with attention, LayerNormalization or GELU
             are computed in integers.
-        spare_nodes: Share (0..1) of the computing nodes that a recipe may keep in float where they hurt.
-        spare_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
+        float_nodes: Share (0..1) of the computing nodes that a recipe may keep in float where they hurt.
+        float_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
         about: A sentence that says where the facts are from.
 
     Raises:
@@ -50,8 +50,8 @@ class Profile:
     toolchain_repairs: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     float_between: bool = False
-    spare_nodes: float = 1.0
-    spare_macs: float = 0.01
+    float_nodes: float = 1.0
+    float_macs: float = 0.01
     about: str = ""
 
     def __post_init__(self):
@@ -59,8 +59,8 @@ class Profile:
         if self.activation_symmetric and not self.activation_signed:
             fix = "an unsigned grid cannot be symmetric around zero"
             raise InputError(f"{who}: symmetric unsigned activations", expected="signed ones", fix=fix)
-        if not 0 <= self.spare_nodes <= 1 or not 0 <= self.spare_macs <= 1:
-            shares = f"spare_nodes {self.spare_nodes}, spare_macs {self.spare_macs}"
+        if not 0 <= self.float_nodes <= 1 or not 0 <= self.float_macs <= 1:
+            shares = f"float_nodes {self.float_nodes}, float_macs {self.float_macs}"
             raise InputError(f"{who}: {shares}", expected="shares between 0 and 1")
         if not all(bits in BITS for bits in (self.weight_bits, self.activation_bits)):
             bits = f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations"
@@ -95,8 +95,8 @@ PROFILES = {
             activation_signed=False,
             activation_symmetric=False,
             toolchain_repairs=("cross-layer equalization", "bias correction", "activation clipping"),
-            spare_nodes=0.1,
-            spare_macs=1.0,
+            float_nodes=0.1,
+            float_macs=1.0,
             about="An edge NPU with per-tensor INT8 only; a black-box compiler repairs the weights by itself.",
         ),
         Profile(
