@@ -219,8 +219,8 @@ def test_train_evaluate_compare_from_the_shell(demo, pool, tmp_path):
 
 
 WRONG = {
-    "no model": (["evaluate", "--model", "never.onnx", "--dataset-root", "."], "never.onnx"),
-    "not a checkpoint": (["evaluate", "--model", "text.pt", "--dataset-root", "."], "text.pt"),
+    "no model": (["evaluate", "--model", "never.onnx", "--dataset-root", "ROOT"], "never.onnx"),
+    "not a checkpoint": (["evaluate", "--model", "text.pt", "--dataset-root", "ROOT"], "text.pt"),
     "no data set": (["train", "--dataset-root", "never", "--output-dir", "x", "--size", "64", "32"], "never"),
     "an odd size": (["train", "--dataset-root", ".", "--output-dir", "x", "--size", "65", "32"], "divisible by 32"),
     "both beginnings": (
@@ -236,9 +236,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(case, demo, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     arguments, message = WRONG[case]
+    arguments = [str(demo.root) if a == "ROOT" else a for a in arguments]
     done = calib_nb("depth", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
