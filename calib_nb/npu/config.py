@@ -117,12 +117,12 @@ class EnhancedScheme(_Checked):
     Source: DX-COM manual.
     """
 
-    p0: Annotated[Alpha | None, _or_switch, Field(alias="DXQ-P0")] = None
+    p0: Annotated[Alpha | bool | None, _or_switch, Field(alias="DXQ-P0")] = None
     p1: Annotated[bool | None, Field(alias="DXQ-P1")] = None
-    p2: Annotated[AlphaBeta | None, _or_switch, Field(alias="DXQ-P2")] = None
-    p3: Annotated[Samples | None, _or_switch, Field(alias="DXQ-P3")] = None
-    p4: Annotated[Samples | None, _or_switch, Field(alias="DXQ-P4")] = None
-    p5: Annotated[Samples | None, _or_switch, Field(alias="DXQ-P5")] = None
+    p2: Annotated[AlphaBeta | bool | None, _or_switch, Field(alias="DXQ-P2")] = None
+    p3: Annotated[Samples | bool | None, _or_switch, Field(alias="DXQ-P3")] = None
+    p4: Annotated[Samples | bool | None, _or_switch, Field(alias="DXQ-P4")] = None
+    p5: Annotated[Samples | bool | None, _or_switch, Field(alias="DXQ-P5")] = None
 
 # %% ../../nbs/npu/01_config.ipynb #cell-17
 Share = Annotated[float, Field(ge=0, le=1)]

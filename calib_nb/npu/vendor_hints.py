@@ -57,7 +57,7 @@ def retries(table: pd.DataFrame, model: str | Path, config: str | Path) -> list[
         config: Config file, for the command.
 
     Returns:
-        Hints, the largest gain first; a single one that says so when only the plain beginning was kept.
+        Hints, the largest gain first; a single one that says so when only plain minmax was kept.
 
     Source: DX-COM manual, "JSON File Configuration".
     """
