@@ -32,6 +32,9 @@ def store(path: Path) -> str:
     except CellExecutionError as e:
         return str(e)
     notebook.metadata.pop("widgets", None)  # the state of progress bars, tens of kilobytes
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # what native libraries say of the machine is nothing for a reader
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
     return ""
