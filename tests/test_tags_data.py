@@ -49,7 +49,7 @@ JUNK = st.one_of(
 )
 
 
-@settings(derandomize=True)
+@settings(deadline=None, derandomize=True)
 @given(st.lists(JUNK, max_size=4), st.lists(JUNK, max_size=4))
 def test_junk_among_the_entries_is_counted_and_the_rest_is_kept(images, annotations):
     spoiled = TRUTH | {"images": TRUTH["images"] + images, "annotations": TRUTH["annotations"] + annotations}
@@ -122,7 +122,7 @@ def test_every_kind_of_damage_is_named_and_counted(tmp_path, caplog):
     assert "\n" not in str(caught.value)
 
 
-@settings(derandomize=True)
+@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 def test_the_parts_of_an_epoch_are_its_batches(photos, per_piece, world, accumulate, epoch):
     parts = world * accumulate

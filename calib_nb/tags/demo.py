@@ -25,7 +25,7 @@ from ..quant.observe import network_input
 from .coco import load_coco
 from .demo_drawings import tagged_photos, tagged_splits
 
-_VERSION = 2  # raise it whenever what is drawn or trained changes
+_VERSION = 3  # raise it whenever what is drawn or trained changes
 
 # %% ../../nbs/tags/13_demo.ipynb #cell-7
 def compact_tagger(classes: int, width: int = 24):
@@ -148,14 +148,14 @@ class DemoTagger:
     Args:
         model: The ONNX file.
         preprocess: Its preprocessing.
-        train: COCO JSON of the images it was trained on; the images lie beside it in images/.
-        calibration: COCO JSON of images to calibrate with.
+        train: COCO JSON of the images it was trained on; None for the package's file, which needs none.
+        calibration: COCO JSON of images to calibrate with; the images lie beside it in images/.
         val: COCO JSON of images to score.
     """
 
     model: Path
     preprocess: Preprocess
-    train: Path
+    train: Path | None
     calibration: Path
     val: Path
 
@@ -190,7 +190,8 @@ def demo_tagger(
     shipped = settings == _DEFAULTS
 
     def make(new: Path) -> None:
-        splits = tagged_splits(new, train=train, calibration=calibration, val=val, size=size, seed=seed)
+        drawn = {"calibration": calibration, "val": val, "size": size, "seed": seed}
+        splits = tagged_splits(new, train=0 if shipped else train, **drawn)
         if shipped:
             shutil.copy(_SHIPPED, new / "tagger.onnx")
         else:
@@ -201,8 +202,9 @@ def demo_tagger(
     depends = ("opencv-python",) if shipped else ("opencv-python", "torch")
     key = {"version": _VERSION, "depends": depends}
     folder = cached("demo_tagger", settings | source, make, probe="tagger.onnx", **key)
-    files = [folder / split / "instances.json" for split in ("train", "calibration", "val")]
-    return DemoTagger(folder / "tagger.onnx", preset("resnet-tags", size=(size, size)), *files)
+    files = {split: folder / split / "instances.json" for split in ("train", "calibration", "val")}
+    files["train"] = None if shipped else files["train"]
+    return DemoTagger(folder / "tagger.onnx", preset("resnet-tags", size=(size, size)), **files)
 
 # %% ../../nbs/tags/13_demo.ipynb #cell-22
 @dataclass(frozen=True)
@@ -222,13 +224,13 @@ class DemoTagging:
         seed: Of images and trainings.
     """
 
-    train: int = 640
+    train: int = 960
     calibration: int = 160
     scored: int = 300
     classes: int = 4
     width: int = 16
     size: int = 56
-    epochs: int = 10
+    epochs: int = 12
     learning_rate: float = 0.05
     qat_epochs: int = 1
     seed: int = 0

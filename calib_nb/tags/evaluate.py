@@ -205,6 +205,13 @@ def open_tagger(
     return tagger
 
 # %% ../../nbs/tags/10_evaluate.ipynb #cell-18
+def _rates_at(threshold: float, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Micro rates, and macro ones, of the tags whose probability is above a threshold."""
+    said = probabilities > threshold
+    macro = {f"macro_{name}": value for name, value in tag_rates(said, targets, "macro").items()}
+    return {"threshold": threshold, **tag_rates(said, targets), **macro}
+
+
 @dataclass(frozen=True)
 class TagEvaluation:
     """Scores of a tagger.
@@ -269,11 +276,7 @@ def evaluate_tagger(
     tune, score = split_rows(len(scores), share=tune_share, seed=seed)
     curve = threshold_curve(probabilities[tune], targets[tune])
     best = best_threshold(curve)
-    rows = []
-    for threshold in (0.5, best):
-        said = probabilities[score] > threshold
-        macro = {f"macro_{name}": value for name, value in tag_rates(said, targets[score], "macro").items()}
-        rows.append({"threshold": threshold, **tag_rates(said, targets[score]), **macro})
+    rows = [_rates_at(threshold, probabilities[score], targets[score]) for threshold in (0.5, best)]
     per_class = pd.DataFrame(
         {
             "category": tagger.classes,
