@@ -18,13 +18,22 @@ from ..core.errors import ModelError, require_known
 from ..graph import export
 from ..nets import checkpoint
 
-# %% ../../nbs/faces/13_edgeface.ipynb #cell-7
+# %% ../../nbs/faces/13_edgeface.ipynb #cell-9
 _SIDE, _NUMBERS = 112, 512  # pixels of a crop's side, numbers of an embedding
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One EdgeFace: the `size` of its EdgeNeXt, `gamma` of its low-rank layers, and the published millions of parameters and of floating-point operations. Source: George et al. 2023 and the authors' model list."""
+    """One EdgeFace.
+
+    Args:
+        size: Its EdgeNeXt, one of `EDGENEXT_SIZES`.
+        gamma: Share of the rank in its low-rank layers, 0-1; None: plain Linear layers.
+        published_mparams: Published millions of parameters.
+        published_mflops: Published millions of floating-point operations.
+
+    Source: George et al. 2023 and the authors' model list.
+    """
 
     size: str
     gamma: float | None = None
@@ -43,15 +52,25 @@ EDGEFACE_VARIANTS = {
 
 def _full_name(variant: str) -> str:
     """The name as in EDGEFACE_VARIANTS, whose prefix may be missing."""
-    return require_known(
-        variant if variant.startswith("edgeface") else f"edgeface_{variant}", EDGEFACE_VARIANTS, "variant of EdgeFace"
-    )
+    name = variant if variant.startswith("edgeface") else f"edgeface_{variant}"
+    return require_known(name, EDGEFACE_VARIANTS, "variant of EdgeFace")
 
 
 def edgeface(variant: str, *, seed: int = 0):
-    """A torch module of one of EDGEFACE_VARIANTS with random weights: RGB float [N,3,112,112] in [-1, 1] -> embeddings [N,512], not normalised.
+    """A variant with random weights.
 
-    Its state dict has the keys and shapes of the official checkpoints. Source: George et al. 2023.
+    Args:
+        variant: One of `EDGEFACE_VARIANTS`.
+        seed: Decides the weights.
+
+    Returns:
+        A torch module: RGB float [N,3,112,112] in [-1, 1] -> embeddings [N,512], not normalised. Its state dict has the
+        keys and shapes of the official checkpoints.
+
+    Raises:
+        InputError: There is no such variant.
+
+    Source: George et al. 2023.
     """
     from torch import nn
 
@@ -60,9 +79,19 @@ def edgeface(variant: str, *, seed: int = 0):
     chosen = EDGEFACE_VARIANTS[_full_name(variant)]
     return nn.Sequential(OrderedDict(model=edgenext(chosen.size, _NUMBERS, gamma=chosen.gamma, seed=seed)))
 
-# %% ../../nbs/faces/13_edgeface.ipynb #cell-10
+# %% ../../nbs/faces/13_edgeface.ipynb #cell-13
 def flops_table(variants: Iterable[str] = tuple(EDGEFACE_VARIANTS)) -> pd.DataFrame:
-    """One row per variant for one crop: mparams, published_mparams, mmacs (millions of multiply-accumulates), mflops (twice that), published_mflops. Source: torch.utils.flop_counter."""
+    """Parameters and operations of one crop, counted and published.
+
+    Args:
+        variants: Names of `EDGEFACE_VARIANTS`.
+
+    Returns:
+        One row per variant: variant, mparams, published_mparams, mmacs (millions of multiply-accumulates of
+        convolutions and matrix products), mflops (twice that), published_mflops.
+
+    Source: torch.utils.flop_counter.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,52 +103,52 @@ def flops_table(variants: Iterable[str] = tuple(EDGEFACE_VARIANTS)) -> pd.DataFr
         published, flops = EDGEFACE_VARIANTS[name], counter.get_total_flops()
         mparams = sum(p.numel() for p in module.parameters()) / 1e6
         rows.append((name, mparams, published.published_mparams, flops / 2e6, flops / 1e6, published.published_mflops))
-    return pd.DataFrame(
-        rows, columns=["variant", "mparams", "published_mparams", "mmacs", "mflops", "published_mflops"]
-    )
+    columns = ["variant", "mparams", "published_mparams", "mmacs", "mflops", "published_mflops"]
+    return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/faces/13_edgeface.ipynb #cell-17
+# %% ../../nbs/faces/13_edgeface.ipynb #cell-22
 _PACKED = "._packed_params._packed_params"
+_BESIDE = ("scale", "zero_point", "_packed_params.dtype", _PACKED[1:])  # keys of a packed layer
 
 
 def read_edgeface(path: str | Path) -> dict:
-    """The state dict {key: tensor} in a torch file, on the CPU; Linear layers packed by `quantize_dynamic` come out as float `weight` and `bias`.
+    """The state dict in a torch file; nothing in the file is run.
 
-    What is not there, cut short, or not a state dict is a `ModelError`, and nothing in the file is run. Source: `calib_nb.nets.checkpoint`; torch.ao.quantization for the layout.
+    Args:
+        path: Checkpoint, float, or with Linear layers packed by `quantize_dynamic`.
+
+    Returns:
+        {key: tensor} on the CPU; packed layers as float `weight` and `bias`.
+
+    Raises:
+        ModelError: It is not there, cut short, or not a state dict.
+
+    Source: torch.ao.quantization, for the layout.
     """
     import torch
 
-    wrong = ModelError(
-        f"{path} holds more than tensors, or none",
-        expected="a state dict saved by torch.save",
-        fix="save the state_dict of the network by itself",
-    )
+    expected, fix = "a state dict saved by torch.save", "save the state_dict of the network by itself"
+    wrong = ModelError(f"{path} holds more than tensors, or none", expected=expected, fix=fix)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to drop its quantized tensors one day, which is no news to a user
+        warnings.simplefilter("ignore")  # torch will drop its quantized tensors one day, which is no news to a user
         state = checkpoint.read_checkpoint(path)
     if not state or not all(isinstance(key, str) for key in state):
         raise wrong
     packed = {key.removesuffix(_PACKED): value for key, value in state.items() if key.endswith(_PACKED)}
+    weights = {}
     try:
-        floats = {
-            f"{layer}.{part}": value.dequantize()
-            for layer, pair in packed.items()
-            for part, value in zip(("weight", "bias"), pair, strict=True)
-            if value is not None
-        }
+        for layer, values in packed.items():
+            parts = zip(("weight", "bias"), values, strict=True)
+            weights |= {f"{layer}.{part}": value.dequantize() for part, value in parts if value is not None}
     except (AttributeError, RuntimeError, TypeError, ValueError) as e:  # a layer that is packed in another way
         raise wrong from e
-    beside = {
-        f"{layer}.{part}"
-        for layer in packed
-        for part in ("scale", "zero_point", "_packed_params.dtype", "_packed_params._packed_params")
-    }
-    state = {key: value for key, value in state.items() if key not in beside} | floats
+    beside = {f"{layer}.{part}" for layer in packed for part in _BESIDE}
+    state = {key: value for key, value in state.items() if key not in beside} | weights
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise wrong
     return state
 
-# %% ../../nbs/faces/13_edgeface.ipynb #cell-23
+# %% ../../nbs/faces/13_edgeface.ipynb #cell-30
 def _shapes(variant: str) -> dict:
     """Key and shape of every tensor of a variant, without its values."""
     import torch
@@ -129,9 +158,18 @@ def _shapes(variant: str) -> dict:
 
 
 def load_edgeface(path: str | Path, variant: str | None = None):
-    """An `edgeface` with the weights of an official checkpoint (float or `_q`), loaded strictly, in eval mode; of the `variant` named, or of the one that fits.
+    """A network with the weights of an official checkpoint.
 
-    `ModelError` when keys or shapes are not the variant's. Source: the authors' checkpoints.
+    Args:
+        path: Checkpoint, float or `_q`.
+        variant: One of `EDGEFACE_VARIANTS`; None: the one that fits.
+
+    Returns:
+        A torch module as of `edgeface`, in eval mode.
+
+    Raises:
+        InputError: There is no such variant.
+        ModelError: Keys or shapes are not the variant's, or the file cannot be read.
     """
     name = None if variant is None else _full_name(variant)
     state = read_edgeface(path)
@@ -139,30 +177,38 @@ def load_edgeface(path: str | Path, variant: str | None = None):
     if name is None or _shapes(name) != shapes:
         fits = next((other for other in EDGEFACE_VARIANTS if _shapes(other) == shapes), None)
         if name is not None or fits is None:
-            different = (
-                "no variant of EdgeFace" if name is None else f"not {name}, {_difference(shapes, _shapes(name))}"
-            )
-            raise ModelError(
-                f"{path} is {different}",
-                expected=f"keys and shapes of {name or ', '.join(EDGEFACE_VARIANTS)}",
-                fix=f"it fits {fits}" if fits else "is it the file that you mean?",
-            )
+            other = "no variant of EdgeFace" if name is None else f"not {name}, {_difference(shapes, _shapes(name))}"
+            expected = f"keys and shapes of {name or ', '.join(EDGEFACE_VARIANTS)}"
+            fix = f"it fits {fits}" if fits else "is it the file that you mean?"
+            raise ModelError(f"{path} is {other}", expected=expected, fix=fix)
         name = fits
     module = edgeface(name)
     module.load_state_dict(state, strict=True)
     return module.eval()
 
 
-def _difference(found: dict, wanted: dict) -> str:
+def _difference(shapes: dict, wanted: dict) -> str:
     """The first thing that tells two tables of shapes apart, in words."""
-    key = next(key for key in [*wanted, *found] if found.get(key) != wanted.get(key))
-    if key not in found:
+    key = next(key for key in [*wanted, *shapes] if shapes.get(key) != wanted.get(key))
+    if key not in shapes:
         return f"it has no '{key}'"
-    return f"it has '{key}'" if key not in wanted else f"its '{key}' is {list(found[key])} and not {list(wanted[key])}"
+    return f"it has '{key}'" if key not in wanted else f"its '{key}' is {list(shapes[key])} and not {list(wanted[key])}"
 
-# %% ../../nbs/faces/13_edgeface.ipynb #cell-26
+# %% ../../nbs/faces/13_edgeface.ipynb #cell-35
 def export_edgeface(module, path: str | Path, *, dynamic_batch: bool = False, opset: int = 17) -> Path:
-    """Write an `edgeface` as ONNX: "input" float [1,3,112,112] (or [batch,3,112,112]) -> "embedding" [1,512]; within 1e-4 of torch, or `ModelError`. Source: `graph.export.export_onnx`."""
-    return export.export_onnx(
-        module, path, (_SIDE, _SIDE), outputs=("embedding",), opset=opset, dynamic_batch=dynamic_batch
-    )
+    """Write a network as ONNX.
+
+    Args:
+        module: As of `edgeface`.
+        path: File to write.
+        dynamic_batch: "input" is float [batch,3,112,112] instead of [1,3,112,112].
+        opset: Version of the ONNX operators.
+
+    Returns:
+        The path; its "embedding" [1,512] is within 1e-4 of torch.
+
+    Raises:
+        ModelError: The file differs from the module, and was not kept.
+    """
+    options = {"outputs": ("embedding",), "opset": opset, "dynamic_batch": dynamic_batch}
+    return export.export_onnx(module, path, (_SIDE, _SIDE), **options)
