@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.run import atomic_file
+from ..core.figures import save_figure
 from .verification import roc
 
-_COLOURS = ("#3d7ea6", "#b3362b", "#2a7f62", "#c98a1b", "#6a4c93", "#8a95a3")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_GRAY = "#d8dee6"
 
-# %% ../../nbs/faces/15_charts.ipynb #cell-7
+# %% ../../nbs/faces/15_charts.ipynb #cell-8
 def _height(table: pd.DataFrame) -> float:
     return 1.2 + 0.42 * table.detector.nunique()
 
@@ -27,7 +28,7 @@ def _axes(ax, table: pd.DataFrame, xlabel: str):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(table.detector))
-    ax = ax or plt.subplots(figsize=(6, _height(table)), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(5, _height(table)), layout="constrained")[1]
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="x", alpha=0.3)
@@ -40,14 +41,8 @@ def _legend(ax):
     return ax
 
 
-def _dots(
-    ax,
-    table: pd.DataFrame,
-    values: Mapping[str, pd.Series],
-    xlabel: str,
-    intervals: tuple[pd.Series, pd.Series] | None = None,
-):
-    """Dots in percent: colour by network, filled for the first of `values`, a ring for the second."""
+def _dots(ax, table: pd.DataFrame, columns: Mapping[str, pd.Series], xlabel: str, intervals: tuple | None = None):
+    """Dots in percent: colour by network, filled for the first column, a ring for the second."""
     ax, at = _axes(ax, table, xlabel)
     models = list(dict.fromkeys(table.model))
     for m, model in enumerate(models):
@@ -56,124 +51,151 @@ def _dots(
         colour = _COLOURS[m % len(_COLOURS)]
         if intervals:
             ax.hlines(y, 100 * intervals[0][rows], 100 * intervals[1][rows], color=colour, lw=2, alpha=0.6)
-        for k, (name, value) in enumerate(values.items()):
-            ax.plot(
-                100 * value[rows],
-                y,
-                "o",
-                color=colour,
-                mfc=colour if k == 0 else "none",
-                ms=5 + 3 * k,
-                label=f"{model}, {name}" if len(values) > 1 else model,
-            )
+        for k, (name, values) in enumerate(columns.items()):
+            look = {"color": colour, "mfc": "none" if k else colour, "ms": 5 + 3 * k}
+            label = f"{model}, {name}" if len(columns) > 1 else model
+            ax.plot(100 * values[rows], y, "o", label=label, **look)
     return _legend(ax)
 
 
 def plot_accuracy(table: pd.DataFrame, ax=None):
-    """Accuracy in percent with its 95 % interval. Returns the Axes. Source: ours."""
-    return _dots(
-        ax, table, {"accuracy": table.accuracy}, "10-fold accuracy, %", (table.accuracy_low, table.accuracy_high)
-    )
+    """Accuracy in percent with its 95 % interval; returns the Axes.
+
+    Args:
+        table: Columns detector, model, accuracy, accuracy_low, accuracy_high (0-1).
+        ax: Axes to draw on; None: new ones.
+    """
+    interval = table.accuracy_low, table.accuracy_high
+    return _dots(ax, table, {"accuracy": table.accuracy}, "10-fold accuracy, %", interval)
 
 
 def plot_auc_eer(table: pd.DataFrame, ax=None):
-    """Equal error rate (filled) and 1 - AUC (ring), in percent; less is better. Returns the Axes. Source: ours."""
+    """Equal error rate (filled) and 1 - AUC (ring) in percent, less is better; returns the Axes.
+
+    Args:
+        table: Columns detector, model, eer, auc (0-1).
+        ax: Axes to draw on; None: new ones.
+    """
     return _dots(ax, table, {"EER": table.eer, "1 - AUC": 1 - table.auc}, "error, %")
 
 
 def plot_tar(table: pd.DataFrame, ax=None):
-    """True accept rate in percent at false accept rates of 1e-2 (filled) and 1e-3 (ring). Returns the Axes. Source: ours."""
+    """True accept rate in percent at false accept rates of 1e-2 (filled) and 1e-3 (ring); returns the Axes.
+
+    Args:
+        table: Columns detector, model, tar_at_far_1e2, tar_at_far_1e3 (0-1).
+        ax: Axes to draw on; None: new ones.
+    """
     return _dots(ax, table, {"FAR 1e-2": table.tar_at_far_1e2, "FAR 1e-3": table.tar_at_far_1e3}, "true accept rate, %")
 
 
 def plot_detection(table: pd.DataFrame, ax=None):
-    """Share of the photos with a face, in percent, per detector. Returns the Axes. Source: ours."""
+    """Share of the images with a face, in percent, per detector; returns the Axes.
+
+    Args:
+        table: Columns detector, detection_rate (0-1).
+        ax: Axes to draw on; None: new ones.
+    """
     each = table.drop_duplicates("detector")
-    ax, at = _axes(ax, each, "photos with a face, %")
+    ax, at = _axes(ax, each, "images with a face, %")
     bars = ax.barh([at[name] for name in each.detector], 100 * each.detection_rate, height=0.55, color=_COLOURS[0])
     ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     ax.set_xlim(max(0, 100 * each.detection_rate.min() - 5), 101.5)
     return ax
 
-# %% ../../nbs/faces/15_charts.ipynb #cell-10
+# %% ../../nbs/faces/15_charts.ipynb #cell-14
 def plot_times(table: pd.DataFrame, ax=None):
-    """Milliseconds per photo by stage, medians, per detector; ticks: decode and the 95th percentile of detect. Returns the Axes. Source: ours."""
+    """Milliseconds per image by stage, medians, per detector; returns the Axes.
+
+    Args:
+        table: Columns detector, model, decode_ms, detect_ms, detect_p95_ms, align_ms, embed_ms.
+        ax: Axes to draw on; None: new ones.
+    """
     each = table.drop_duplicates("detector")
-    ax, at = _axes(ax, each, "ms per photo (median)")
+    ax, at = _axes(ax, each, "ms per image (median)")
     y, left = [at[name] for name in each.detector], np.zeros(len(each))
     stages = {stage: each[f"{stage}_ms"].fillna(0).to_numpy() for stage in ("decode", "detect", "align")}
     for model in dict.fromkeys(table.model):
-        stages[f"embed, {model}"] = (
-            table[table.model == model].set_index("detector").embed_ms.reindex(each.detector).fillna(0).to_numpy()
-        )
+        times = table[table.model == model].set_index("detector").embed_ms
+        stages[f"embed, {model}"] = times.reindex(each.detector).fillna(0).to_numpy()
     for k, (stage, ms) in enumerate(stages.items()):
-        ax.barh(y, ms, left=left, height=0.55, color=_COLOURS[-1 - k % len(_COLOURS)], label=stage)
+        ax.barh(y, ms, left=left, height=0.55, color=_COLOURS[k % len(_COLOURS)], label=stage)
         left = left + ms
-    ax.plot(each.decode_ms + each.detect_p95_ms, y, "|", color="#1d2733", ms=12, label="detect, p95")
+    ax.plot(each.decode_ms + each.detect_p95_ms, y, "|", color="k", ms=12, label="detect, p95")
     return _legend(ax)
 
 
 def plot_memory(table: pd.DataFrame, ax=None):
-    """Peak resident memory of the process in MB, per detector: what it held before, and what was added. Returns the Axes. Source: ours."""
+    """Peak resident memory of the process in MB, per detector: held before, and added; returns the Axes.
+
+    Args:
+        table: Columns detector, rss_peak_mb, rss_added_mb.
+        ax: Axes to draw on; None: new ones.
+    """
     each = table.drop_duplicates("detector")
     ax, at = _axes(ax, each, "resident memory, peak, MB")
     y, before = [at[name] for name in each.detector], each.rss_peak_mb - each.rss_added_mb
-    ax.barh(y, before, height=0.55, color="#d8dee6", label="held before")
+    ax.barh(y, before, height=0.55, color=_GRAY, label="held before")
     ax.barh(y, each.rss_added_mb, left=before, height=0.55, color=_COLOURS[0], label="added")
     return _legend(ax)
 
-# %% ../../nbs/faces/15_charts.ipynb #cell-13
+# %% ../../nbs/faces/15_charts.ipynb #cell-19
 def plot_roc(scores: Mapping[tuple[str, str], pd.DataFrame], ax=None):
-    """ROC curves by (detector, network), from tables with the columns similarity and same; FAR logarithmic. Returns the Axes. Source: ours."""
+    """ROC curves, logarithmic in the false accept rate; returns the Axes.
+
+    Args:
+        scores: By (detector, network), tables with the columns similarity and same; a table with pairs of one kind is
+            left out.
+        ax: Axes to draw on; None: new ones.
+    """
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 4.2), layout="constrained")[1]
-    models, detectors = (list(dict.fromkeys(names)) for names in (list(zip(*scores))[::-1] if scores else ((), ())))
+    ax = ax or plt.subplots(figsize=(5, 3.2), layout="constrained")[1]
+    detectors, models = (list(dict.fromkeys(key[k] for key in scores)) for k in (0, 1))
     lowest = 1.0
     for (detector, model), units in scores.items():
-        if units.same.nunique() == 2:
-            far, tar = roc(units.similarity, units.same)
-            lowest = min(lowest, tar[far == 0].max())
-            colour = plt.get_cmap("tab10")(detectors.index(detector) % 10)
-            ax.step(
-                np.maximum(far, 0.5 / (~units.same).sum()),
-                100 * tar,
-                where="post",
-                color=colour,
-                ls=("-", "--", ":", "-.")[models.index(model) % 4],
-                lw=1.2,
-                label=f"{detector}, {model}",
-            )
-    ax.set(
-        xscale="log", xlabel="false accept rate", ylabel="true accept rate, %", ylim=(max(0, 100 * lowest - 5), 100.5)
-    )
+        if units.same.nunique() < 2:
+            continue
+        far, tar = roc(units.similarity, units.same)
+        lowest = min(lowest, tar[far == 0].max())
+        colour = _COLOURS[detectors.index(detector) % len(_COLOURS)]
+        line = ("-", "--", ":", "-.")[models.index(model) % 4]
+        x, label = np.maximum(far, 0.5 / (~units.same).sum()), f"{detector}, {model}"
+        ax.step(x, 100 * tar, where="post", color=colour, ls=line, lw=1.2, label=label)
+    ax.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate, %")
+    ax.set_ylim(max(0, 100 * lowest - 5), 100.5)
     ax.grid(alpha=0.3)
     if ax.lines:
         ax.legend(frameon=False, fontsize=7, loc="lower right")
     return ax
 
+# %% ../../nbs/faces/15_charts.ipynb #cell-23
+_CHARTS = {
+    "accuracy": plot_accuracy,
+    "auc_eer": plot_auc_eer,
+    "tar": plot_tar,
+    "detection": plot_detection,
+    "times": plot_times,
+    "memory": plot_memory,
+}
+
 
 def save_charts(table: pd.DataFrame, scores: Mapping[tuple[str, str], pd.DataFrame], folder: str | Path) -> list[Path]:
-    """Write the six charts of `table` and the ROC curves of `scores` as PNG files to `folder`; returns their paths. Source: ours."""
-    from matplotlib.figure import (
-        Figure,  # not pyplot's: nothing is left open, and a notebook's own figures are shown as before
-    )
+    """Write the six charts of a table and the ROC curves as PNG files.
 
-    charts, written = (
-        {
-            "accuracy": plot_accuracy,
-            "auc_eer": plot_auc_eer,
-            "tar": plot_tar,
-            "detection": plot_detection,
-            "times": plot_times,
-            "memory": plot_memory,
-        },
-        [],
-    )
-    for name, plot in {**charts, "roc": plot_roc}.items():
+    Args:
+        table: Results, a row per detector and network.
+        scores: Pairs by (detector, network), as for `plot_roc`.
+        folder: Where the files go.
+
+    Returns:
+        Their paths.
+    """
+    from matplotlib.figure import Figure
+
+    paths = []
+    for name, plot in {**_CHARTS, "roc": plot_roc}.items():
         figure = Figure(figsize=(6, 4.2 if name == "roc" else _height(table)), layout="constrained")
         plot(scores if name == "roc" else table, figure.subplots())
-        with atomic_file(Path(folder) / f"{name}.png", "wb") as f:
-            figure.savefig(f, format="png", dpi=120)
-        written.append(Path(folder) / f"{name}.png")
-    return written
+        paths.append(save_figure(figure, Path(folder) / f"{name}.png"))
+    return paths
