@@ -145,12 +145,12 @@ def _show_bench(result, output_dir: Path) -> None:
 
     typer.echo(text_table(result.main[list(_SHOWN)].rename(columns=_SHOWN)))
     notes = {
-        "photos that pairs name are not there": len(result.pairs.missing),
-        "lines of the pairs file cannot be read": len(result.pairs.malformed),
-        "photos cannot be read": int(result.main.unreadable.max()),
+        "images of pairs that do not exist": len(result.pairs.missing),
+        "lines of the pairs file that cannot be read": len(result.pairs.malformed),
+        "images that cannot be read": int(result.main.unreadable.max()),
     }
     for what, count in notes.items():
         if count:
-            typer.echo(f"{count} {what}")
+            typer.echo(f"{what}: {count}")
     for what, part in (("results", "results.csv"), ("charts", "figures"), ("errors", "errors")):
         typer.echo(f"{what}: {output_dir / part}")

@@ -138,11 +138,11 @@ def _checked_pairs(pairs: str | Path | Pairs, images: str | Path) -> Pairs:
     """The pairs; what was left out of them is logged."""
     pairs = pairs if isinstance(pairs, Pairs) else read_pairs(pairs, images)
     for what, names in (
-        ("photos that pairs name are not there", pairs.missing),
-        ("lines of the pairs file cannot be read", pairs.malformed),
+        ("images of pairs that do not exist", pairs.missing),
+        ("lines of the pairs file that cannot be read", pairs.malformed),
     ):
         if names:
-            _log.warning("%d %s: %s%s", len(names), what, "; ".join(names[:5]), " ..." if len(names) > 5 else "")
+            _log.warning("%s: %d (%s%s)", what, len(names), "; ".join(names[:5]), " ..." if len(names) > 5 else "")
     return pairs
 
 
