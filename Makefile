@@ -1,24 +1,25 @@
-# Two commands on a fresh machine with Python 3.11: `make demo` and `make test`. Both set up .venv first, once.
+# Two commands on a fresh machine with any Python from 3.11 to 3.13: `make demo` and `make test`.
+# Both set up .venv first, once. `make PYTHON=python3.12 test` chooses the Python.
 SHELL := bash
-PYTHON ?= python3.11
+PYTHON ?=
 BIN := .venv/bin
-READY := .venv/.ready
+# The name holds the Python that was asked for, so that asking for another one sets up .venv for it.
+READY := .venv/.ready$(if $(PYTHON),-$(subst /,_,$(PYTHON)))
+# What ruff formats: all that people write. calib_nb/ is written by nbdev.
+WRITTEN := nbs tests .ci setup.py hubconf.py
+PYTEST := $(BIN)/python -m pytest tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow notebooks export readme lint
+.PHONY: help demo test test-slow test-machines notebooks export readme lint format types
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-# The set is installed anew only when what it is made of has changed.
+# Runs again only when what it installs has changed.
 $(READY): constraints.txt settings.ini setup.py
-	@echo "== setting up .venv from constraints.txt (about two minutes, once)"
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: install it, or say make PYTHON=/path/to/python3.11"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "$(PYTHON) is older than 3.11: say make PYTHON=/path/to/python3.11"; exit 2; }
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[torch,executorch,lab,dev]'
+	@.ci/setup $(PYTHON)
 	@touch $(READY)
 
 demo: $(READY)  ## the whole job on built-in data, in outputs/demo
@@ -26,16 +27,34 @@ demo: $(READY)  ## the whole job on built-in data, in outputs/demo
 
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
-	@set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n auto --maxprocesses 4 --dist worksteal --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
+	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal \
+	    --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
 	@echo "== all checks passed; the log is $(CURDIR)/outputs/test/log.txt"
 
 test-slow: $(READY)  ## the checks that take longer than a coffee
-	@$(BIN)/python -m pytest tests -m slow
+	@$(PYTEST) -m slow
+
+test-machines: $(READY)  ## the trained notebooks under other instruction sets, thread counts and seeds
+	@$(BIN)/python .ci/machines.py
+
+notebooks: $(READY)  ## run the notebooks and store what they show
+	@$(BIN)/python .ci/notebooks.py
 
 export: $(READY)  ## notebooks -> calib_nb/, README.md
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python .ci/readme.py
 
-lint: $(READY)  ## ruff over the package and the tests
-	@$(BIN)/ruff check --config tests/ruff.toml calib_nb tests .ci setup.py
+readme: $(READY)  ## nbs/index.ipynb -> README.md
+	@$(BIN)/python .ci/readme.py
+
+lint: $(READY)  ## ruff: mistakes and formatting; changes nothing
+	@$(BIN)/ruff check calib_nb $(filter-out nbs,$(WRITTEN))
+	@$(BIN)/ruff format --check $(WRITTEN)
+
+format: $(READY)  ## ruff formats notebooks, tests and scripts at 120 columns, then exports
+	@$(BIN)/ruff format $(WRITTEN)
+	@$(MAKE) --no-print-directory export
+
+types: $(READY)  ## mypy over the front door, calib_nb/__init__
+	@$(BIN)/mypy

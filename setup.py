@@ -18,15 +18,22 @@ setup(
     description=settings["description"],
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     author=settings["author"],
     packages=[*find_packages(include=["calib_nb", "calib_nb.*"]), "calib_nb.reports"],
     # The report notebooks are part of the product: an installed package carries them as data.
     package_dir={"calib_nb.reports": "nbs/reports"},
-    package_data={"calib_nb": ["**/*.yaml"], "calib_nb.reports": ["*.ipynb"]},
+    # py.typed says that the package carries its types; the rest is a small demo model and what describes it.
+    package_data={"calib_nb": ["py.typed", "**/*.json", "**/*.onnx"], "calib_nb.reports": ["*.ipynb"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": ["calib-nb = calib_nb.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Developers",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Typing :: Typed",
+    ],
     zip_safe=False,
 )

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import compare, diagnose, quantize
+    from .api import CompareOptions, compare, diagnose, quantize
     from .data.dataset import prepare
     from .data.preprocess import preset
     from .data.score import score_folder
@@ -29,6 +29,7 @@ _HOMES = {
     "read_contract": "graph.contract",
     "fix_batch": "graph.contract",
     "quantize": "api",
+    "CompareOptions": "api",
     "compare": "api",
     "diagnose": "api",
     "compile_model": "npu.compile",
@@ -37,6 +38,7 @@ _HOMES = {
     "FaceDetector": "faces.detectors",
 }
 __all__ = [
+    "CompareOptions",
     "FaceDetector",
     "compare",
     "compile_model",

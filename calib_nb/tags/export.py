@@ -109,13 +109,13 @@ def rounding_tolerance(rounded: Sequence[np.ndarray], plain: Sequence[np.ndarray
         plain: Those of the same network without rounding; None for a float file.
 
     Returns:
-        The tolerance, in the unit of the logits: for a float file 1e-3 of the largest; else the largest difference of
-        the two, and at least one step of a grid of 255 over their range.
+        The tolerance, in the unit of the logits: for a float file 1e-3 of the largest; else twice the largest
+        difference of the two, and at least one step of a grid of 255 over their range.
     """
     if plain is None:
         return _FLOAT_ERROR * max(float(np.abs(y).max()) for y in rounded)
     step = float(np.ptp(np.concatenate(rounded))) / 255
-    return max(step, *(float(np.abs(a - b).max()) for a, b in zip(rounded, plain)))
+    return max(step, 2 * max(float(np.abs(a - b).max()) for a, b in zip(rounded, plain)))
 
 # %% ../../nbs/tags/12_export.ipynb #cell-19
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def export_checkpoint(
     partitioner(backend)
     module = round_biases(module) if mode == "qat" else module
     shape = (1, 3, spec.size, spec.size)
-    noise = [np.random.default_rng(k).standard_normal(shape).astype(np.float32) for k in range(2)]
+    noise = [np.random.default_rng(k).standard_normal(shape).astype(np.float32) for k in range(8)]
     paths = choose_calibration(photos, calibration_samples, progress=progress) if mode == "int8" else []
     inputs = [network_input(p, spec.preprocess()) for p in paths] or noise
     program, plain = _program(mode, module, spec, inputs)
