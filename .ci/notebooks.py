@@ -23,6 +23,11 @@ def usual() -> list[Path]:
     return [*sorted(sources), NBS / "index.ipynb", *sorted((NBS / "reports").glob("*.ipynb"))]
 
 
+def is_for_readers(output: dict) -> bool:
+    """Whether an output is more than a progress bar, or what a native library says of the machine."""
+    return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
 def store(path: Path) -> str:
     """Run one notebook in its folder and write it back; returns what went wrong, or ""."""
     notebook = nbformat.read(path, 4)
@@ -33,8 +38,8 @@ def store(path: Path) -> str:
         return str(e)
     notebook.metadata.pop("widgets", None)  # the state of progress bars, tens of kilobytes
     for cell in notebook.cells:
-        if cell.cell_type == "code":  # what native libraries say of the machine is nothing for a reader
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if is_for_readers(output)]
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
     return ""
