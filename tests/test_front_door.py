@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from calib_nb.core.run import sha256_file
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.demo import demo_data
 from calib_nb.faces.demo import demo_embedder
 from calib_nb.graph.contract import fix_batch
 
@@ -20,17 +21,20 @@ QUIET = os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "M
 
 
 def block(language: str) -> str:
-    """The first code block of the README in this language, with fewer images so that it takes seconds."""
-    return re.search(rf"```{language}\n(.*?)```", README, re.S)[1].replace("100", "24")
+    """The first code block of the README in this language."""
+    return re.search(rf"```{language}\n(.*?)```", README, re.S)[1]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Two folders with the same images and the same float network, one for Python and one for the shell."""
     folders = [tmp_path_factory.mktemp(name) for name in ("python", "shell")]
+    drawn = demo_data(tmp_path_factory.mktemp("drawn") / "data", progress=False)
     for folder in folders:
-        graded_photos(folder / "photos", 40, seed=1)
-        graded_photos(folder / "others", 12, seed=2)
+        shutil.copytree(drawn / "calibration" / "images", folder / "photos")
+        (folder / "others").mkdir()
+        for image in sorted((drawn / "val" / "images").iterdir())[:12]:
+            shutil.copy(image, folder / "others")
         fix_batch(demo_embedder(), folder / "edgeface_b1.onnx")
     return folders
 
@@ -78,7 +82,6 @@ def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(tmp_path)
 @pytest.mark.slow
 def test_a_wheel_without_extras_runs_the_demo_outside_the_checkout(tmp_path):
     """Built, installed into an environment of its requirements alone, and run in an empty folder."""
-    import shutil
     import venv
 
     source = tmp_path / "source"

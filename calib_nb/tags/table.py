@@ -72,7 +72,7 @@ def compare_taggers(
     budget: float | None = None,
     bootstrap: int = 300,
     threads: int = 2,
-    scoring: Scoring = TableOptions(),
+    scoring: TableOptions = TableOptions(),
     progress: bool = True,
 ) -> tuple[pd.DataFrame, dict[str, TagEvaluation]]:
     """Score taggers on the same images, in one table.
