@@ -13,7 +13,7 @@ settings.load_profile("house")
 
 
 def pytest_configure():
-    """A background job of a shell starts with Ctrl-C ignored, and its children inherit that; the tests of interruption need it back."""
+    """Give Ctrl-C back: a background job of a shell starts with it ignored, and its children inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -57,7 +57,7 @@ def shown(outputs: list[dict]) -> list[str]:
 
 
 def run(path: str, pipe) -> None:
-    """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a process of its own."""
+    """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a separate process."""
     os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "IN_TEST": "1"}
     from execnb.shell import CaptureShell
 
