@@ -42,7 +42,8 @@ def is_example(source: str) -> bool:
         last = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body[-1]
     except (SyntaxError, IndexError):
         return False
-    return isinstance(last, ast.Expr) and not source.rstrip().endswith(";")
+    closes = isinstance(last, ast.Expr) and getattr(getattr(last.value, "func", None), "attr", "") == "close"
+    return isinstance(last, ast.Expr) and not closes and not source.rstrip().endswith(";")
 
 
 def shown(outputs: list[dict]) -> list[str]:

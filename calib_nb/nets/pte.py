@@ -8,6 +8,7 @@ __all__ = ['PTE_BACKENDS', 'NNAPI', 'known_backend', 'quietly', 'partitioner', '
 # %% ../../nbs/nets/05_pte.ipynb #cell-2
 import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -147,19 +148,6 @@ def write_pte(program, path: str | Path, *, backend: str = "xnnpack", notes: Map
     return Path(path)
 
 # %% ../../nbs/nets/05_pte.ipynb #cell-18
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Drop what C++ writes to the error stream inside the block: ExecuTorch tells there how it reads the processor."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
 class PteSession:
     """A .pte file behind the calls of an ONNX Runtime session: one input, any number of outputs.
 
@@ -177,7 +165,7 @@ class PteSession:
         if not Path(path).is_file():
             raise ModelError(f"no such file: {path}", expected="an ExecuTorch program (.pte)", fix="check the path")
         try:
-            with quietly(), _without_stderr():
+            with quietly(), contextlib.redirect_stderr(io.StringIO()):  # it tells there how it reads the processor
                 from executorch.runtime import Runtime
 
                 self.program = Runtime.get().load_program(Path(path).read_bytes())
