@@ -1,10 +1,12 @@
 """The report notebooks on their built-in data: through the strict runner, and bare under papermill."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +17,10 @@ from calib_nb.core.run import sha256_file
 from calib_nb.report import list_reports, report_notebook, report_parameters, run_path, run_report
 
 NAMES = list(list_reports().index)
+CHEAP = ("calibration-set", "npu-config")  # some ten seconds each
+SLOW = [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in NAMES]
+# Making three ExecuTorch programs takes longer than all the rest of that report.
+QUICK = {"tags": {"pte": False}}
 
 
 @pytest.fixture(scope="module")
@@ -23,64 +29,57 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_report_runs_on_its_defaults_and_leaves_a_whole_run_folder(name, root):
-    done = run_report(name, root=root)
-    assert done.folder == root / name / "demo" / "demo"
-    page = done.page.read_text(encoding="utf-8")
+def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
+    report = run_report(name, QUICK.get(name), root=root)
+    assert report.folder == root / name / "demo" / "demo"
+    page = report.page.read_text(encoding="utf-8")
     assert "ynthetic" in page and "<script" not in page and not re.search(r'(?:src|href)="(?!data:|#|https?://)', page)
     assert not re.search(r'<img[^>]+src="http|<link|@import', page), "the page fetches something"
     assert str(root) not in page and ".partial" not in page
-    manifest = json.loads((done.folder / "manifest.json").read_text())
+    manifest = json.loads((report.folder / "manifest.json").read_text())
     assert {"parameters", "versions", "git", "inputs", "outputs", "steps", "report", "seconds"} <= set(manifest)
     for file, digest in manifest["outputs"].items():
-        assert sha256_file(done.folder / file) == digest, file
+        assert sha256_file(report.folder / file) == digest, file
     assert {"report.ipynb", "report.html", "metrics.csv"} <= set(manifest["outputs"])
-    assert len(pd.read_csv(done.folder / "metrics.csv")) >= 1
-    assert not list(done.folder.parent.glob(".*")), "nothing half-made is left"
+    assert len(pd.read_csv(report.folder / "metrics.csv")) >= 1
+    assert not list(report.folder.parent.glob(".*")), "something unfinished is left"
 
 
-@pytest.mark.parametrize("name", ["quantize", "calibration-set", "npu-config"])
+@pytest.mark.slow
+def test_the_tags_report_makes_executorch_programs(tmp_path):
+    pytest.importorskip("executorch")
+    report = run_report("tags", root=tmp_path)
+    assert report.metrics.model.str.endswith(".pte").sum() == 3
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_the_same_parameters_give_the_same_metrics_byte_for_byte(name, root, tmp_path):
-    again = run_report(name, root=tmp_path)
     first = root / name / "demo" / "demo" / "metrics.csv"
     if not first.exists():  # this test alone
-        run_report(name, root=root)
+        run_report(name, QUICK.get(name), root=root)
+    again = run_report(name, QUICK.get(name), root=tmp_path)
     assert (again.folder / "metrics.csv").read_bytes() == first.read_bytes()
 
 
-def test_a_report_runs_bare_under_papermill(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(report_notebook("npu-config")),
-        "out.ipynb",
-        "-p",
-        "num_samples",
-        "2",
-        "-p",
-        "name",
-        "bare",
-        "-k",
-        "python3",
-        "--no-progress-bar",
-    ]
-    done = subprocess.run(
-        command,
+@pytest.mark.parametrize("name", SLOW)
+def test_a_report_runs_bare_under_papermill(name, tmp_path):
+    given = QUICK.get(name, {}) | {"name": "bare"}
+    options = [word for key, value in given.items() for word in ("-p", key, str(value))]
+    command = [sys.executable, "-m", "papermill", str(report_notebook(name)), "out.ipynb", *options]
+    ended = subprocess.run(
+        [*command, "-k", "python3", "--no-progress-bar"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env=os.environ | {"CALIB_NB_OUTPUTS": str(tmp_path / "outputs")},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "outputs/npu-config/demo/bare/metrics.csv").exists() and (tmp_path / "out.ipynb").exists()
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "outputs" / name / "demo/bare/metrics.csv").exists() and (tmp_path / "out.ipynb").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_literal_of_the_parameters_cell_can_be_set(name):
-    """papermill's own reader silently drops a line whose comment it cannot parse."""
-    import ast
-
+    """papermill's reader silently drops a line whose comment it cannot parse."""
     cells = json.loads(report_notebook(name).read_text(encoding="utf-8"))["cells"]
     tagged = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
     written = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse("".join(tagged["source"])).body}
@@ -117,9 +116,14 @@ def test_a_failing_report_keeps_the_older_run_and_the_failed_notebook(tmp_path):
     assert folder.with_name("demo.failed.ipynb").exists()
 
 
+def listed_images(folder):
+    """Names of the scored images and of the calibration images of a run."""
+    return (set((folder / f"{part}_images.txt").read_text().split()) for part in ("scored", "calibration"))
+
+
 def test_edgeface_on_lfw(real_data, tmp_path):
-    """The situation that this product is for: float near 99.4 %, and calibration photos that are not scored."""
-    done = run_report(
+    """The situation that this product is for: float near 99.4 %, and calibration images that are not scored."""
+    report = run_report(
         "edgeface",
         {
             "model": str(real_data / "models/edgeface_xxs_q_dequant.onnx"),
@@ -128,20 +132,14 @@ def test_edgeface_on_lfw(real_data, tmp_path):
         },
         root=tmp_path,
     )
-    assert (
-        0.99 < done.metrics["accuracy"][0] <= 1
-        and done.metrics["accuracy"][1] > 0.985
-        and done.metrics["size_mb"][1] < 0.4 * done.metrics["size_mb"][0]
-    )
-    scored, calibrated = (
-        {line.split("/")[-1] for line in (done.folder / f"{part}_images.txt").read_text().split()}
-        for part in ("scored", "calibration")
-    )
+    accuracy, size = report.metrics["accuracy"], report.metrics["size_mb"]
+    assert 0.99 < accuracy[0] <= 1 and accuracy[1] > 0.985 and size[1] < 0.4 * size[0]
+    scored, calibrated = listed_images(report.folder)
     assert scored and calibrated and not scored & calibrated
 
 
-def test_yunet_on_labelled_photos(real_data, tmp_path):
-    done = run_report(
+def test_yunet_on_labelled_images(real_data, tmp_path):
+    report = run_report(
         "yunet",
         {
             "model": str(real_data / "models/face_detection_yunet_2023mar.onnx"),
@@ -149,7 +147,7 @@ def test_yunet_on_labelled_photos(real_data, tmp_path):
         },
         root=tmp_path,
     )
-    assert (done.metrics[["precision", "recall"]].iloc[0] > 0.9).all() and 0 < done.metrics["landmark_px"][1] < 3
+    assert (report.metrics[["precision", "recall"]].iloc[0] > 0.9).all() and 0 < report.metrics["landmark_px"][1] < 3
 
 
 def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
@@ -159,14 +157,13 @@ def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
         "images": str(real_data / "coco/val"),
         "calibration_images": str(real_data / "coco/train"),
     }
-    done = run_report("tags", given | {"profiles": "ort-cpu", "method": "minmax", "threads": 1}, root=tmp_path)
-    assert done.metrics["map"][0] > 55 and (done.metrics["drop"][1:] <= 1).all() and done.metrics.int8_share[1] > 0.9
-    scored, calibrated = (
-        {line for line in (done.folder / f"{part}_images.txt").read_text().split()}
-        for part in ("scored", "calibration")
+    report = run_report("tags", given | {"profiles": "ort-cpu", "method": "minmax", "threads": 1}, root=tmp_path)
+    assert (
+        report.metrics["map"][0] > 55 and (report.metrics["drop"][1:] <= 1).all() and report.metrics.int8_share[1] > 0.9
     )
+    scored, calibrated = listed_images(report.folder)
     assert scored and len(calibrated) == 100 and not scored & calibrated
-    assert "Synthetic" not in done.page.read_text(encoding="utf-8")
+    assert "Synthetic" not in report.page.read_text(encoding="utf-8")
 
 
 def test_an_installed_package_carries_its_reports(tmp_path):
@@ -176,8 +173,6 @@ def test_an_installed_package_carries_its_reports(tmp_path):
         check=True,
         capture_output=True,
     )
-    import zipfile
-
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {f"calib_nb/reports/{name}.ipynb" for name in NAMES} <= set(names)
     assert "calib_nb/commands/npu.py" in names and not [n for n in names if n.startswith(("tests/", "nbs/"))]
