@@ -133,7 +133,7 @@ def test_two_processes_train_as_one_does_in_two_pieces(photos, tmp_path):
 def test_mixed_precision_is_near_full_precision(photos, tmp_path):
     full, half = (run(photos, tmp_path / amp, amp=amp, epochs=1) for amp in ("off", "bf16"))
     assert (
-        full.history.train_loss[0] != half.history.train_loss[0] == pytest.approx(full.history.train_loss[0], rel=0.05)
+        full.history.train_loss[0] != half.history.train_loss[0] == pytest.approx(full.history.train_loss[0], rel=0.1)
     )
     assert load_tagger(half.last)[0].conv1.weight.dtype == torch.float32
 
