@@ -7,23 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-# What most notebooks import; a server that has done so once forks a process for each of them.
-PRELOAD = [
-    "notebook_run",
-    "execnb.shell",
-    "IPython",
-    "matplotlib.pyplot",
-    "pandas",
-    "cv2",
-    "scipy.stats",
-    "onnx",
-    "onnxruntime",
-    "torch",
-    "numba",
-    "pytest",
-    "typer.testing",
-    "pydantic",
-]
 NUMBER_OF_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 TEMPORARY = re.compile(r"(/private)?(/tmp|/var/folders|/dev/shm)/[^\s'\",:)]*?(?=[/\s'\",:)]|$)")
 

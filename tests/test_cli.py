@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -22,9 +23,7 @@ HEAVY = {"torch", "onnx", "onnxruntime", "cv2", "pandas", "matplotlib", "scipy"}
 
 def calib_nb(line: str, cwd=None, **env) -> subprocess.CompletedProcess:
     """One command line behind `calib-nb`, in a process."""
-    return subprocess.run(
-        [*SHELL, *shlex.split(line)], cwd=cwd, capture_output=True, text=True, env=os.environ | PLAIN | env
-    )
+    return forked.calib_nb(*shlex.split(line), cwd=cwd, env=os.environ | PLAIN | env)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,14 +35,8 @@ SHELL = [sys.executable, "-c", "import sys; from calib_nb.cli import main; sys.e
 
 
 def calib_nb(*arguments, cwd=None):
-    return subprocess.run(
-        [*SHELL, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"TQDM_DISABLE": "1", "COLUMNS": "200", "NO_COLOR": "1", "FORCE_COLOR": "", "OMP_NUM_THREADS": "1"},
-    )
+    plain = {"TQDM_DISABLE": "1", "COLUMNS": "200", "NO_COLOR": "1", "FORCE_COLOR": "", "OMP_NUM_THREADS": "1"}
+    return forked.calib_nb(*arguments, cwd=cwd, env=os.environ | plain)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -518,19 +519,8 @@ def test_the_figures_match_by_scene_and_name(drawn, tmp_path):
 
 
 def calib_nb(*arguments, cwd=None):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from calib_nb.cli import main; sys.exit(main())",
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""},
-    )
+    plain = {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""}
+    return forked.calib_nb(*arguments, cwd=cwd, env=os.environ | plain)
 
 
 def chain(root: Path, cwd: Path, size: int) -> None:

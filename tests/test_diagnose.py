@@ -2,10 +2,9 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -312,19 +311,8 @@ def test_command(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(config))
 
     def command(*arguments):
-        return subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from calib_nb.cli import main; sys.exit(main())",
-                "diagnose",
-                *map(str, arguments),
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"},
-        )
+        plain = {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"}
+        return forked.calib_nb("diagnose", *arguments, cwd=tmp_path, env=os.environ | plain)
 
     done = command("--float", model, "--int8", int8, "--config", "c.json", "--output", "diagnosis")
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,9 @@
 """Every source notebook runs from top to bottom, with its assertions, as a reader would run it."""
 
-import multiprocessing
 import re
 from pathlib import Path
 
+import forked
 import notebook_run
 import pytest
 
@@ -25,18 +25,10 @@ def name(path: Path) -> str:
     return path.relative_to(NBS).as_posix()
 
 
-@pytest.fixture(scope="session")
-def server():
-    """Forks a process for each notebook from one that has imported the heavy libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(notebook_run.PRELOAD)
-    return context
-
-
-def execute(server, path: Path) -> list[list[str]]:
+def execute(path: Path) -> list[list[str]]:
     """What each code cell shows; the test fails with the cell that raised."""
-    ours, theirs = server.Pipe(duplex=False)
-    process = server.Process(target=notebook_run.run, args=(str(path), theirs))
+    ours, theirs = forked.server().Pipe(duplex=False)
+    process = forked.server().Process(target=notebook_run.run, args=(str(path), theirs))
     process.start()
     theirs.close()
     try:
@@ -51,8 +43,8 @@ def execute(server, path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("path", [*SOURCES, NBS / "index.ipynb"], ids=name)
-def test_notebook_runs(path, server):
-    texts = execute(server, path)
+def test_notebook_runs(path):
+    texts = execute(path)
     if name(path) in EXACT:
         cells = notebook_run.code_cells(path)
         stored = [notebook_run.shown(cell["outputs"]) for cell in cells]

@@ -12,6 +12,7 @@ from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -216,9 +217,7 @@ def test_impossible_batches_are_refused(photos, tmp_path):
 
 
 def shell(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True
-    )
+    return forked.calib_nb(*arguments, cwd=cwd, env=ENV)
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "download"])
