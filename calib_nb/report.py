@@ -8,12 +8,13 @@ __all__ = ['report_notebook', 'list_reports', 'report_parameters', 'check_parame
 
 # %% ../nbs/02_report.ipynb #cell-2
 import ast
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,16 @@ import pandas as pd
 import calib_nb
 from .core.errors import CalibError, InputError, require_known
 from .core.page import heading, html_page, html_table, save_page
-from .core.run import RunFolder, atomic_file, atomic_folder, hash_outputs, output_root, read_json, write_json
+from calib_nb.core.run import (
+    RunFolder,
+    atomic_file,
+    atomic_folder,
+    hash_outputs,
+    output_root,
+    private_folder,
+    read_json,
+    write_json,
+)
 
 # %% ../nbs/02_report.ipynb #cell-8
 def report_notebook(name: str) -> Path:
@@ -238,8 +248,6 @@ def run_report(
 
     Source: papermill.execute_notebook.
     """
-    import papermill
-
     values = check_parameters(report, parameters or {})
     if values.pop("run_dir", ""):
         raise InputError("parameter run_dir is filled by the runner", fix="use -p name=... instead")
@@ -247,19 +255,11 @@ def run_report(
     failed = folder.with_name(f"{folder.name}.failed.ipynb")
     with atomic_folder(folder) as partial:
         try:
-            notebook = papermill.execute_notebook(
-                str(report_notebook(report)),
-                str(partial / "report.ipynb"),
-                {**values, "run_dir": str(partial)},
-                kernel_name="python3",
-                progress_bar={"desc": Path(report).stem},
-                log_output=False,
-                config=_kernel(),
-            )
-        except papermill.PapermillExecutionError as e:
-            shutil.move(partial / "report.ipynb", failed)
-            fault = f"{e.evalue}" if e.ename in {c.__name__ for c in _family(CalibError)} else f"{e.ename}: {e.evalue}"
-            raise CalibError(f"report {report} failed: {fault}", fix=f"the notebook up to there is {failed}") from e
+            notebook = _execute(report, values, partial)
+        except Exception as e:  # whatever a cell raises, and whatever happens to its kernel
+            shutil.copyfile(max(partial.glob("report.ipynb"), default=report_notebook(report)), failed)
+            fix = f"the notebook up to there is {failed}"
+            raise CalibError(f"report {report} failed: {_fault(e)}", fix=fix) from e
         text = (partial / "report.ipynb").read_text(encoding="utf-8").replace(str(partial), str(folder))
         with atomic_file(partial / "report.ipynb") as f:
             f.write(text)
@@ -269,17 +269,61 @@ def run_report(
     return Report(folder, folder / "report.ipynb", folder / "report.html", _read_metrics(folder))
 
 
-def _kernel():
-    """Settings that let the kernel talk through a local socket where it can: nobody else on the machine can listen.
+def _execute(report: str, values: dict, partial: Path):
+    """Run the notebook into `partial`, in a kernel of this Python; returns it."""
+    import papermill
+
+    with _kernel() as settings:
+        return papermill.execute_notebook(
+            str(report_notebook(report)),
+            str(partial / "report.ipynb"),
+            {**values, "run_dir": str(partial)},
+            kernel_name="python3",
+            language="python",
+            progress_bar={"desc": Path(report).stem},
+            log_output=False,
+            **settings,
+        )
+
+
+def _fault(error: Exception) -> str:
+    """What ended a notebook: the error of its cell, or what happened to the kernel."""
+    from nbclient.exceptions import DeadKernelError
+
+    if isinstance(error, DeadKernelError):
+        return "its kernel died, as happens when memory runs out"
+    kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    return text if kind in {c.__name__ for c in _family(CalibError)} else f"{kind}: {text}"
+
+
+@contextlib.contextmanager
+def _kernel() -> Iterator[dict]:
+    """Settings of a kernel that is this Python, whatever kernels are registered, and that nobody else can listen to.
+
+    It talks through sockets in a folder of its own, so that runs at the same time do not meet; where the folder's name
+    is too long for a socket (107 bytes), or there is no place for it, through ports.
 
     Source: jupyter_client.
     """
-    from jupyter_core.paths import jupyter_runtime_dir
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from traitlets import default
     from traitlets.config import Config
 
-    # The name of a socket has 107 bytes at most, and 50 of them are the kernel's.
-    short = len(jupyter_runtime_dir()) <= 50
-    return Config({"KernelManager": {"transport": "ipc" if os.name == "posix" and short else "tcp"}})
+    class ThisPython(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _native(self):
+            return KernelSpecManager(kernel_dirs=[])
+
+    settings = {"kernel_manager_class": ThisPython}
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder = stack.enter_context(private_folder("calib-nb-kernel-"))
+            connection = {"connection_file": str(folder / "kernel.json")}
+            if os.name == "posix" and len(os.fsencode(folder)) <= 90:
+                connection |= {"transport": "ipc", "ip": str(folder / "socket")}
+            settings["config"] = Config({"KernelManager": connection})
+        yield settings
 
 
 def _read_metrics(folder: Path) -> pd.DataFrame | None:
