@@ -99,7 +99,7 @@ class DepthNet(nn.Module):
             self.decoder = nn.ModuleList(Up(i, o, skip) for i, o, skip in zip([8 * stem, *sizes], sizes, skips))
             self.head = nn.Conv2d(sizes[-1], 1, 3, 1, 1)
         middle = ((min_m * max_m) ** -0.5 - 1 / max_m) / (1 / min_m - 1 / max_m)
-        nn.init.constant_(self.head.bias, float(torch.logit(torch.tensor(middle))))
+        nn.init.constant_(self.head.bias, float(torch.logit(torch.tensor(middle, device="cpu"))))
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % 32 or x.shape[3] % 32:

@@ -8,6 +8,7 @@ __all__ = ['PENALTY_WEIGHTS', 'DepthTraining', 'learning_rate_at', 'normalise', 
 
 # %% ../../nbs/depth/10_train.ipynb #cell-2
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..data.preprocess import PRESETS
 from .losses import DEPTH_LOSSES, PENALTIES, mean_penalty, range_penalty, smoothness_loss
 from .metrics import DEPTH_METRICS, Scoring, depth_metrics
 from .network import DepthNet
-from ..nets.checkpoint import read_checkpoint
+from ..nets.checkpoint import read_checkpoint, restore_module, restore_training, restoring
 
 PENALTY_WEIGHTS = {"": 0.0, "mean": 1e-8, "range": 0.02}
 _FORMAT = 1  # of checkpoints
@@ -229,7 +230,8 @@ def load_depth_checkpoint(path: str | Path) -> dict:
         ModelError: It is anything else.
     """
     content = read_checkpoint(path)
-    if content.get("format") != _FORMAT or not {"network", "weights"} <= set(content):
+    form = content.get("format")
+    if not (isinstance(form, int) and form == _FORMAT and {"network", "weights"} <= set(content)):
         raise ModelError(
             f"{path} is not a checkpoint of a depth network",
             expected=f"a file that train_depth() wrote, format {_FORMAT}",
@@ -248,14 +250,7 @@ def load_network(path: str | Path) -> DepthNet:
         ModelError: It is not a checkpoint, or its weights do not fit its settings.
     """
     content = load_depth_checkpoint(path)
-    try:
-        network = DepthNet(**content["network"])
-        network.load_state_dict(content["weights"])
-    except (RuntimeError, TypeError, InputError) as e:
-        raise ModelError(
-            f"{path}: its weights do not fit its settings: {str(e).splitlines()[0]}", fix="train it again"
-        ) from e
-    return network.eval()
+    return restore_module(lambda: DepthNet(**content["network"]), content["weights"], path).eval()
 
 # %% ../../nbs/depth/10_train.ipynb #cell-25
 class _Run:
@@ -305,17 +300,18 @@ class _Run:
     def resume(self, path: Path, frames: int) -> None:
         content = load_depth_checkpoint(path)
         now = {**self.repeated(), **self.network.settings, "frames": frames}
-        then = {**content.get("training", {}), **content["network"], "frames": content.get("frames")}
-        if other := [f"{k} {then.get(k)} there, {now[k]} here" for k in now if now[k] != then.get(k)]:
+        with restoring(path):
+            then = {**content["training"], **content["network"], "frames": content["frames"]}
+            different = [k for k in now if type(now[k]) is not type(then.get(k)) or now[k] != then[k]]
+        if other := [f"{k} {reprlib.repr(then.get(k))} there, {now[k]} here" for k in different]:
             raise InputError(
                 f"{path} is of another training: {'; '.join(other)}",
                 expected="the same settings, network and number of frames",
                 fix="use them again, or another folder",
             )
-        self.network.load_state_dict(content["weights"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history = content["history"]
+        with restoring(path):
+            self.network.load_state_dict(content["weights"])
+        self.history = restore_training(content, path, self.optimizer, self.scaler, columns=("epoch", "loss"))
 
 
 def _open_logs(folder: Path, step: int):

@@ -26,7 +26,7 @@ from ..graph.export import export_onnx
 from ..quant.observe import network_input
 from .coco import COCO_CATEGORIES, TagSet
 from .metrics import average_precision, best_threshold, split_rows, tag_map, tag_rates, threshold_curve
-from .network import TaggerSpec, load_tagger
+from .network import TaggerSpec, load_tagger, spec_of
 from .task import DetectorTaggingTask, TaggingTask
 
 # %% ../../nbs/tags/10_evaluate.ipynb #cell-7
@@ -84,9 +84,8 @@ def _noted_spec(notes: Mapping[str, str], path: Path) -> TaggerSpec | None:
     if _KEY not in notes:
         return None
     try:
-        fields = json.loads(notes[_KEY])
-        return TaggerSpec(**{**fields, "classes": tuple(fields["classes"])})
-    except (ValueError, TypeError, KeyError) as e:
+        return spec_of(json.loads(notes[_KEY]))
+    except (ValueError, TypeError, LookupError, RecursionError) as e:
         raise ModelError(f"the metadata of {path} cannot be read: {e}", fix="export it again") from e
 
 

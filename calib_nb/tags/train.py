@@ -10,6 +10,7 @@ __all__ = ['training_sets', 'cosine', 'amp_type', 'Ranks', 'process_group', 'pre
 import contextlib
 import math
 import os
+import reprlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..core.errors import CheckFailed, InputError, ModelError
 from ..core.run import atomic_file
-from ..nets.checkpoint import load_imagenet, read_checkpoint
+from ..nets.checkpoint import load_imagenet, read_checkpoint, restore_training, restoring
 from .coco import EpochBatches, TagDataset, TagSet, load_coco
 from .config import TrainConfig, load_train_config, save_train_config
 from .losses import loss_function
@@ -292,12 +293,12 @@ class Trainer:
         more = states | {"config": self.config.to_dict()} if resume else {}
         return save_tagger(path, self.spec, self.module, epoch=self.epoch, history=self.history, **more)
 
-    def load(self, checkpoint: dict) -> None:
-        """Take weights, momentum, epoch and history from a checkpoint that was saved with `resume`."""
-        self.module.load_state_dict(checkpoint["state"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.history = checkpoint["epoch"], list(checkpoint["history"])
+    def load(self, checkpoint: dict, path: str | Path) -> None:
+        """Take weights, momentum and history from a checkpoint that was saved with `resume`; errors name `path`."""
+        with restoring(path):
+            self.module.load_state_dict(checkpoint["state"])
+        self.history = restore_training(checkpoint, path, self.optimizer, self.scaler, columns=("epoch", "val_map"))
+        self.epoch = len(self.history)
 
     def run(self, folder: Path) -> None:
         """Train the remaining epochs; after each, score the held-out images and write checkpoints and history.csv."""
@@ -381,16 +382,27 @@ def resumable(path: str | Path, config: TrainConfig) -> dict:
     """
     checkpoint = read_checkpoint(path)
     tagger_spec(checkpoint, path)
-    if not {"optimizer", "scaler", "config", "epoch", "history"} <= set(checkpoint):
-        raise ModelError(f"{path} holds no training to resume", expected="the last.pth of a training")
-    now, then = config.to_dict(), checkpoint["config"]
-    if changed := [key for key in now if key not in _FREE and now[key] != then.get(key)]:
+    then = _config_in(checkpoint, path)
+    now = config.to_dict()
+    if changed := [key for key in now if key not in _FREE and not _same(now[key], then.get(key))]:
         raise InputError(
-            f"{path} was trained with {', '.join(f'{key}={then.get(key)}' for key in changed)}",
+            f"{path} was trained with {', '.join(f'{key}={reprlib.repr(then.get(key))}' for key in changed)}",
             expected=", ".join(f"{key}={now[key]}" for key in changed),
             fix="use those settings, or name another output",
         )
     return checkpoint
+
+
+def _config_in(checkpoint: dict, path: str | Path) -> dict:
+    """The settings in a checkpoint that can be resumed."""
+    config = checkpoint.get("config")
+    if not {"optimizer", "scaler", "history"} <= set(checkpoint) or not isinstance(config, dict):
+        raise ModelError(f"{path} holds no training to resume", expected="the last.pth of a training")
+    return config
+
+
+def _same(setting: object, other: object) -> bool:
+    return type(setting) is type(other) and setting == other  # a tensor is no setting
 
 
 def checkpoint_config(
@@ -409,10 +421,9 @@ def checkpoint_config(
     Raises:
         ModelError: The checkpoint holds none.
     """
-    if "config" not in (checkpoint := read_checkpoint(path)):
-        raise ModelError(f"{path} holds no training to resume", expected="the last.pth of a training")
+    settings = _config_in(read_checkpoint(path), path)
     output = str(Path(path).absolute().parent)
-    return load_train_config({**checkpoint["config"], "output": output}, overrides, model=model)
+    return load_train_config({**settings, "output": output}, overrides, model=model)
 
 
 def train_tagger(
@@ -447,7 +458,7 @@ def train_tagger(
                 load_imagenet(module, config.weights)
         trainer = Trainer(config, spec, module, sets, group, progress=progress)
         if checkpoint:
-            trainer.load(checkpoint)
+            trainer.load(checkpoint, previous)
         if group.rank == 0:
             save_train_config(config, folder / "config.yaml")
             best = Path(previous).parent / "best.pth" if previous else folder / "best.pth"
