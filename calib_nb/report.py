@@ -75,25 +75,51 @@ def list_reports() -> pd.DataFrame:
 def report_parameters(name: str) -> pd.DataFrame:
     """The parameters of a report, in their order: index `parameter`, columns default, type, help.
 
+    Args:
+        name: The report, or the path of a notebook; one without a cell tagged `parameters` has none.
+
+    Returns:
+        The table.
+
+    Raises:
+        InputError: No such report, the file is no Python notebook, or a default is no literal.
+
     Source: papermill.inspect_notebook.
     """
-    import papermill
+    from papermill.translators import PythonTranslator
 
-    rows = papermill.inspect_notebook(str(report_notebook(name)))
+    cell = next((c for c in _cells(report_notebook(name)) if "parameters" in c.metadata.get("tags", [])), None)
+    rows = PythonTranslator.inspect(cell) if cell else []
     table = pd.DataFrame(
-        {"default": [_literal(name, r) for r in rows.values()], "help": [r["help"] for r in rows.values()]},
-        index=list(rows),
+        {"default": [_literal(name, row) for row in rows], "help": [row.help for row in rows]},
+        index=[row.name for row in rows],
         dtype=object,
     )
     table.insert(1, "type", [type(value).__name__ for value in table["default"]])
     return table.rename_axis("parameter")
 
 
-def _literal(report: str, row: dict) -> object:
+def _cells(path: Path) -> list:
+    """The cells of a notebook in Python; `InputError` for any other file."""
+    import nbformat
+
     try:
-        return ast.literal_eval(row["default"])
-    except (ValueError, SyntaxError) as e:
-        what = f"report {report}: the default of {row['name']} is not a literal: {row['default']}"
+        notebook = nbformat.reads(json.dumps(read_json(path)), 4)
+        cells, language = notebook.cells, notebook.metadata.get("kernelspec", {}).get("language", "python")
+    except InputError:
+        raise
+    except Exception as e:  # nbformat raises what its version, its schema or its JSON raise
+        raise InputError(f"{path} is no notebook: {e}", expected="a Jupyter notebook", fix="open it once") from e
+    if language != "python":
+        raise InputError(f"{path} is written in {language}", expected="a notebook in Python")
+    return cells
+
+
+def _literal(report: str, row) -> object:
+    try:
+        return ast.literal_eval(row.default)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as e:
+        what = f"report {report}: the default of {row.name} is not a literal: {row.default[:80]}"
         raise InputError(what, fix="write a literal") from e
 
 
@@ -108,11 +134,24 @@ def check_parameters(name: str, values: Mapping[str, object]) -> dict[str, objec
         The typed values.
 
     Raises:
-        InputError: A parameter is unknown, or its value has another type.
+        InputError: A parameter is unknown, its value has another type, or a file that a shipped report reads is
+            missing.
     """
     known = report_parameters(name)["default"].to_dict()
+    if values and not known:
+        fix = "give the cell that sets them the tag 'parameters'"
+        raise InputError(f"{name} has no parameters to set: no cell of it has the tag 'parameters'", fix=fix)
     values = {require_known(key, known, f"parameter of report {name}"): value for key, value in values.items()}
-    return {key: _typed(key, value, known[key]) for key, value in values.items()}
+    values = {key: _typed(key, value, known[key]) for key, value in values.items()}
+    if name in _shipped():
+        for key in [key for key in _READ if values.get(key)]:
+            if not Path(values[key]).exists():
+                raise InputError(f"{key}: no such file or folder: {values[key]}", fix="check the path")
+    return values
+
+
+_READ = ("model", "checkpoint", "qat_checkpoint", "config", "detector", "pairs", "coco", "lfw_dir", "against")
+_READ += ("images", "calibration_images", "source_dir", "dataset_path", "dataset_root")
 
 
 def _typed(key: str, value: object, default: object) -> object:
@@ -126,14 +165,15 @@ def _typed(key: str, value: object, default: object) -> object:
         return text.lower() == "true"
     try:
         parsed = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         parsed = None
     if wanted is float and type(parsed) is int:
         parsed = float(parsed)
     if type(parsed) is wanted or (default is None and parsed is not None):
         return parsed
     expected = f"{wanted.__name__}, like {default!r}"
-    raise InputError(f"parameter {key}: {text!r}", expected=expected, fix=f"-p {key}={default!r}")
+    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    raise InputError(f"parameter {key}: {shown!r}", expected=expected, fix=f"-p {key}={default!r}")
 
 # %% ../nbs/02_report.ipynb #cell-16
 _NOTEBOOK = "a.anchor-link, .jp-InputPrompt, .jp-OutputPrompt, .prompt { display: none; }"
@@ -202,24 +242,29 @@ def run_path(report: str, parameters: Mapping[str, object], root: str | Path | N
 
     Args:
         report: The report's name, or the path of its notebook.
-        parameters: The subject is the stem of the first of model, checkpoint, source_dir, dataset_path and images.
+        parameters: The subject is the stem of the first of model, checkpoint, source_dir, dataset_path and images,
+            with "_" for what a folder's name should not hold.
         root: Folder of all runs; default: `output_root()`.
 
     Returns:
         The folder, which need not exist.
 
     Raises:
-        InputError: The name or the subject cannot be a folder's name.
+        InputError: The name cannot be a folder's name.
     """
     subject = next((Path(str(parameters[key])).stem for key in _SUBJECTS if parameters.get(key)), "demo")
     name = str(parameters.get("name") or "demo")
-    if not all(re.fullmatch(r"[\w.+-]+", part) and part.strip(".") for part in (subject, name)):
-        raise InputError(
-            f"run name '{name}' or model name '{subject}' cannot be a folder",
-            expected="letters, digits, '-', '_', '.' and '+'",
-            fix="-p name=run1",
-        )
-    return Path(root or output_root()) / Path(report).stem / subject / name
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".") or len(os.fsencode(name)) > 242:
+        shown = name if len(name) <= 60 else f"{name[:60]}... ({len(name)} characters)"
+        expected = "at most 242 letters, digits, '-', '_', '.' and '+'"
+        raise InputError(f"run name '{shown}' cannot be a folder", expected=expected, fix="-p name=run1")
+    return Path(root or output_root()) / Path(report).stem / _folder_name(subject) / name
+
+
+def _folder_name(stem: str) -> str:
+    """A file's stem as the name of a folder: other characters than letters, digits and "-_.+" become one "_"."""
+    plain = re.sub(r"[^\w.+-]+", "_", stem)
+    return plain if plain.strip(".") else "demo"
 
 
 def run_report(

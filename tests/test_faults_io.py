@@ -4,13 +4,18 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import nbformat
+import numpy as np
 import pytest
 
 from calib_nb.core import run as files
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.core.run import atomic_file, atomic_folder, made_once, private_folder
-from calib_nb.report import run_report
+from calib_nb.graph.build import network
+from calib_nb.npu.compile import compile_model
+from calib_nb.npu.config import generate_config, save_config
+from calib_nb.report import check_parameters, report_parameters, run_path, run_report
 
 
 def hidden(folder):
@@ -174,3 +179,80 @@ def test_a_kernel_that_dies_is_one_line_and_its_notebook_stays(tmp_path):
         run_report(mine, root=tmp_path / "out")
     assert "run_dir" in (tmp_path / "out/mine/demo/demo.failed.ipynb").read_text()
     assert not hidden(tmp_path / "out/mine/demo")
+
+
+def test_a_notebook_without_kernel_metadata_and_without_parameters_runs(tmp_path):
+    mine = notebook(tmp_path / "mine.ipynb", "print(1)", kernel="", parameters="")
+    assert report_parameters(mine).empty
+    with pytest.raises(InputError, match="no cell of it has the tag 'parameters'"):
+        check_parameters(mine, {"count": 1})
+    assert report_parameters(notebook(tmp_path / "b.ipynb", "1", kernel="")).index.tolist() == ["name", "run_dir"]
+
+
+@pytest.mark.parametrize("text", ["", "text", "[]", "{}", '{"cells": 3, "nbformat": 4}', "[" * 900 + "]" * 900])
+def test_what_is_no_notebook_is_one_line(text, tmp_path):
+    (tmp_path / "x.ipynb").write_text(text)
+    with pytest.raises(InputError, match=r"x\.ipynb .*(no notebook|not valid JSON|levels)"):
+        report_parameters(str(tmp_path / "x.ipynb"))
+
+
+def test_names_of_models_become_folders_and_names_of_runs_are_checked(tmp_path):
+    folders = {"yunet (1).onnx": "yunet_1_", "my photos": "my_photos", "é+1.onnx": "é+1", "???.onnx": "_"}
+    for model, folder in folders.items():
+        assert run_path("yunet", {"model": f"a b/{model}"}, tmp_path) == tmp_path / "yunet" / folder / "demo"
+    assert run_path("yunet", {"name": "n" * 242}, tmp_path).name == "n" * 242
+    with pytest.raises(InputError, match=r"n{60}\.\.\. \(250 characters\)' cannot be a folder.*at most 242"):
+        run_path("yunet", {"name": "n" * 250}, tmp_path)
+
+
+def test_a_missing_file_of_a_report_is_found_before_a_cell_runs(tmp_path):
+    for report, key in (("yunet", "model"), ("calibration-set", "source_dir"), ("tags", "coco")):
+        with pytest.raises(InputError, match=f"{key}: no such file or folder: nope"):
+            run_report(report, {key: "nope"}, root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A config, and a compiler on PATH that fails when its model is called wrong.onnx."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "images").mkdir()
+    cv2.imwrite("images/0.png", np.zeros((8, 8, 3), np.uint8))
+    for name in ("dxcom", "npu-compiler"):
+        body = 'case "$*" in *wrong.onnx*) echo unsupported; exit 3;; *) for out; do :; done; echo ok > "$out/x";; esac'
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("right", "wrong"):
+        network("y = Conv (x, w)", inputs={"x": (1, 3, 8, 8)}, w=np.ones((1, 3, 1, 1))).save(f"{name}.onnx")
+    save_config(generate_config("yunet", "images", model="right.onnx", calibration_num=1), "c.json")
+    return tmp_path
+
+
+def test_a_compiler_leaves_the_files_of_others_alone(compiler):
+    for name in ("out.log", "out_inputs/images.txt"):
+        (compiler / name).parent.mkdir(exist_ok=True)
+        (compiler / name).write_text("mine")
+    assert compile_model("right.onnx", "c.json", "out").files == ("x",)
+    assert compile_model("wrong.onnx", "c.json", "out").log.read_text() == "unsupported\n"
+    with pytest.raises(InputError, match="out_inputs holds other files"):
+        compile_model("right.onnx", "c.json", "out", toolchain="generic")
+    for _ in range(2):  # its own folder of inputs may be written again
+        assert compile_model("right.onnx", "c.json", "second", toolchain="generic").files == ("x",)
+    assert (compiler / "out.log").read_text() == (compiler / "out_inputs/images.txt").read_text() == "mine"
+    assert not hidden(compiler)
+
+
+def test_a_linked_output_of_a_compiler_stays_a_link(compiler):
+    (compiler / "far").mkdir()
+    (compiler / "out").symlink_to("far")
+    assert compile_model("right.onnx", "c.json", "out").files == ("x",)
+    assert (compiler / "out").is_symlink() and (compiler / "far" / "x").exists()
+
+
+def test_a_line_break_in_a_name_is_refused_where_a_list_would_hold_it(compiler):
+    (compiler / "images/0.png").rename(compiler / "images/0\n1.png")
+    with pytest.raises(InputError, match="holds a line break"):
+        compile_model("right.onnx", "c.json", "out", toolchain="generic")
+    assert compile_model("right.onnx", "c.json", "out").files == ("x",)

@@ -212,11 +212,10 @@ def _claimed(partial: Path, path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _clear(folder: Path, keep: str = "") -> None:
-    """Remove all that a folder holds, but for one name."""
+def _clear(folder: Path) -> None:
+    """Remove all that a folder holds."""
     for left in folder.iterdir():
-        if left.name != keep:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

@@ -106,7 +106,7 @@ JOURNAL = "scores.jsonl"
 
 @contextlib.contextmanager
 def building(output: Path, link: str) -> Iterator[Path]:
-    """`atomic_folder` for a set: locked against a second run, and only the journal of a killed run stays in it.
+    """`atomic_folder` for a set, in which only the journal of a killed run stays.
 
     Args:
         output: Folder to write.
@@ -118,19 +118,14 @@ def building(output: Path, link: str) -> Iterator[Path]:
     Raises:
         InputError: Another run is writing, or the system refused.
 
-    Source: flock(2).
     """
     try:
         with atomic_folder(output, keep_partial=True) as partial:
-            lock = _lock(partial, output)
-            try:
-                for left in partial.iterdir():
-                    if left.name != JOURNAL:
-                        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-                yield partial
-                (partial / JOURNAL).unlink(missing_ok=True)
-            finally:
-                os.close(lock)
+            for left in partial.iterdir():
+                if left.name != JOURNAL:
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield partial
+            (partial / JOURNAL).unlink(missing_ok=True)
     except OSError as e:
         fixes = {errno.ENOSPC: "free some space, or name another folder", errno.EXDEV: "use --link copy"}
         if link != "copy":
@@ -138,19 +133,6 @@ def building(output: Path, link: str) -> Iterator[Path]:
         file = f" ({e.filename})" if e.filename else ""
         what = f"{output} could not be written: {e.strerror or e}{file}"
         raise InputError(what, fix=fixes.get(e.errno, "")) from e
-
-
-def _lock(folder: Path, output: Path) -> int:
-    handle = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(ImportError):  # no flock on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            os.close(handle)
-            raise InputError(f"another run is writing {output}", fix="wait for it, or name another folder") from e
-    return handle
 
 # %% ../../nbs/data/10_dataset.ipynb #cell-21
 _LEADS_OUT = (

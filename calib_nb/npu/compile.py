@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core.errors import ConfigError, InputError, suggest
-from ..core.run import RunFolder, atomic_file, atomic_folder, read_json, write_json
+from ..core.run import RunFolder, atomic_file, atomic_folder, private_folder, read_json, write_json
 from ..data.operations import explain
 from .config import CALIBRATION_METHODS, CompilerConfig, dataset_folder, load_config
 from .findings import refuse_errors
@@ -38,6 +38,7 @@ PLACES = {
     "inputs_json": "a JSON file with only the config's inputs",
     "preprocessing_json": "a JSON file with only the preprocessing list",
 }
+_FILES = ("image_list", "inputs_json", "preprocessing_json")  # those that are written for a compiler
 
 
 TOOLCHAINS = {
@@ -157,6 +158,9 @@ def build_command(
 
     Returns:
         The first program's name, and its arguments.
+
+    Raises:
+        ConfigError: The list of images is wanted, and one of their names holds a line break.
     """
     wanted, beside = {place for part in toolchain.command for place in _places(part)}, Path(beside)
     values = {
@@ -170,8 +174,12 @@ def build_command(
         values["images"] = dataset_folder(config)
     if "image_list" in wanted:
         values["image_list"] = beside / "images.txt"
+        lines = [str(path) for path in config.images[: config.calibration_num]]
+        if broken := next((line for line in lines if "\n" in line or "\r" in line), ""):
+            what = f"the name {broken!r} holds a line break, which a list of files cannot hold"
+            raise ConfigError(what, expected="names of one line", fix="rename the file or folder")
         with atomic_file(values["image_list"]) as f:
-            f.writelines(f"{path}\n" for path in config.images[: config.calibration_num])
+            f.writelines(f"{line}\n" for line in lines)
     parts = {
         "inputs_json": lambda raw: raw["inputs"],
         "preprocessing_json": lambda raw: raw["default_loader"]["preprocessings"],
@@ -291,7 +299,7 @@ def compile_model(
     Raises:
         CheckFailed: The config has an error.
         ConfigError: The config is malformed, or the compiler does not take its method or cannot be started.
-        InputError: `output` holds other files.
+        InputError: `output`, or the folder `output`_inputs where the compiler wants one, holds other files.
 
     Source: DX-COM manual, "Execution of DX-COM".
     """
@@ -303,34 +311,39 @@ def compile_model(
     findings = validate(settings, model, target="dx-com" if tool.name == "dx-com" else "npu", data_root=data_root)
     refuse_errors([f for f in findings if program or not f.where.startswith(_LOCAL)])
     folder = os.path.abspath(output) if program else os.fspath(output).rstrip("/")
-    command = build_command(tool, model, config, output, settings, f"{folder}_inputs")
+    inputs = f"{folder}_inputs"
+    if any(place in _FILES for part in tool.command for place in _places(part)):
+        write_json(_usable(Path(inputs)) / "manifest.json", {"parameters": {"toolchain": tool.name}})
+    command = build_command(tool, model, config, output, settings, inputs)
     if not program:
         return Compilation(shlex.join(command), False)
     output = _usable(Path(folder))
 
     def command_into(hidden: Path) -> list[str]:
-        return [program, *build_command(tool, model, config, hidden, settings, f"{folder}_inputs")[1:]]
+        return [program, *build_command(tool, model, config, hidden, settings, inputs)[1:]]
 
     return _run(command_into, shlex.join(command), tool, {"model": model, "config": config}, output, timeout_s)
 
 
 def _run(command_into: Callable, shown: str, tool: Toolchain, inputs: dict, output: Path, timeout_s) -> Compilation:
     """Run a compiler into a hidden folder, which becomes `output` when it has made a result."""
-    log = output.with_name(f"{output.name}.log")
+    failed = output.with_name(f"{output.name}.failed.log")
     try:
-        with atomic_folder(output) as folder:
-            result = RunFolder(folder)
+        with private_folder(f".{output.name[:80]}.log-", output.parent) as beside, atomic_folder(output) as folder:
+            result, log = RunFolder(folder), beside / "compile.log"
             for name, path in inputs.items():
                 result.add_input(name, path)
             with result.step("compile"):
                 code = run_logged(command_into(folder), log, timeout_s=timeout_s)
             files = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
             if code or not files:
+                os.replace(log, failed)
                 raise _Stopped(f"{tool.name} ended with {code}" + ("" if code else " and wrote no file"))
             os.replace(log, folder / "compile.log")
+            failed.unlink(missing_ok=True)
             result.finish({"toolchain": tool.name, "command": shown, "exit_code": code}, files=list(files))
     except _Stopped as e:
-        return Compilation(shown, True, code or 1, result.steps[-1]["seconds"], log=log, problem=str(e))
+        return Compilation(shown, True, code or 1, result.steps[-1]["seconds"], log=failed, problem=str(e))
     seconds, log = result.steps[-1]["seconds"], output / "compile.log"
     return Compilation(shown, True, 0, seconds, files, log, output / "manifest.json")
 
@@ -340,7 +353,8 @@ class _Stopped(Exception):
 
 
 def _usable(output: Path) -> Path:
-    """`output` when it is new, empty, or an earlier result; `InputError` otherwise."""
+    """`output`, with its parents, when it is new, empty, or an earlier result; `InputError` otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or _is_result(output))):
         expected = "a new folder, or one that this command has made"
         raise InputError(f"{output} holds other files", expected=expected, fix="choose another --output")
