@@ -1,6 +1,7 @@
 """The report notebooks on their built-in data: through the strict runner, and bare under papermill."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -17,10 +18,15 @@ from calib_nb.core.run import sha256_file
 from calib_nb.report import list_reports, report_notebook, report_parameters, run_path, run_report
 
 NAMES = list(list_reports().index)
-CHEAP = ("calibration-set", "npu-config")  # some ten seconds each
-SLOW = [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in NAMES]
-# Making three ExecuTorch programs takes longer than all the rest of that report.
-QUICK = {"tags": {"pte": False}}
+SLOW = [pytest.param(name, marks=() if name == "npu-config" else pytest.mark.slow) for name in NAMES]
+# The recipe, and ExecuTorch programs, take longer than all the rest of a report: `quantize` shows the one, slow tests
+# the other.
+QUICK = {
+    "tags": {"pte": False, "method": "minmax", "profiles": "ort-cpu"},
+    "face-alignment": {"method": "minmax", "drift_images": 10},
+    "yunet": {"method": "minmax"},
+    "edgeface": {"method": "minmax", "num_calibration": 40},
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +52,12 @@ def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
 
 
 @pytest.mark.slow
-def test_the_tags_report_makes_executorch_programs(tmp_path):
-    pytest.importorskip("executorch")
-    report = run_report("tags", root=tmp_path)
-    assert report.metrics.model.str.endswith(".pte").sum() == 3
+@pytest.mark.parametrize("name", QUICK)
+def test_a_report_with_its_defaults(name, tmp_path):
+    report = run_report(name, root=tmp_path)
+    assert len(report.metrics) >= 2
+    if name == "tags" and importlib.util.find_spec("executorch"):
+        assert report.metrics.model.str.endswith(".pte").sum() == 3
 
 
 @pytest.mark.parametrize("name", SLOW)
