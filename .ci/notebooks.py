@@ -1,7 +1,8 @@
 """Run notebooks from top to bottom and store what their cells show: `python .ci/notebooks.py [NOTEBOOK ...]`.
 
 Without names: every notebook that exports, the index, and the reports on their built-in data. Benchmarks want real
-data, so they are named. A notebook that fails keeps its old outputs, and the exit code says so.
+data, so they are named. Cells marked `#| eval: false` want more than the checkout, such as a download: they keep
+their outputs unless their notebook is named. A notebook that fails keeps its old outputs, and the exit code says so.
 """
 
 import os
@@ -28,14 +29,19 @@ def is_for_readers(output: dict) -> bool:
     return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def store(path: Path) -> str:
+def store(path: Path, everything: bool) -> str:
     """Run one notebook in its folder and write it back; returns what went wrong, or ""."""
     notebook = nbformat.read(path, 4)
+    asleep = [c for c in notebook.cells if re.search(r"^#\|\s*eval:\s*false", c.source, re.M) and not everything]
+    for cell in asleep:
+        cell.cell_type = "raw"
     resources = {"metadata": {"path": str(path.parent)}}
     try:
         NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
     except CellExecutionError as e:
         return str(e)
+    for cell in asleep:
+        cell.cell_type = "code"
     notebook.metadata.pop("widgets", None)  # the state of progress bars, tens of kilobytes
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -49,7 +55,7 @@ if __name__ == "__main__":
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     failed = 0
     for path in [Path(p).resolve() for p in sys.argv[1:]] or usual():
-        error = store(path)
+        error = store(path, everything=len(sys.argv) > 1)
         failed += bool(error)
         print(f"{path.relative_to(NBS)}: {error or 'stored'}", flush=True)
     sys.exit(f"{failed} notebooks failed and keep their old outputs" if failed else 0)

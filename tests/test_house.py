@@ -19,6 +19,7 @@ FLOORS = (
     "quant npu",
     "analysis nets",
     "faces depth tags",
+    "android",
     "api report",
     "commands",
     "demo",

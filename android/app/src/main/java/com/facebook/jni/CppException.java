@@ -1,0 +1,7 @@
+package com.facebook.jni;
+
+public class CppException extends RuntimeException {
+    public CppException(String message) {
+        super(message);
+    }
+}
