@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 done, 1 a check did not pass, 2 bad input, 130 interrupted.
     """
-    from calib_nb.core.errors import CalibError, missing_extra
+    from calib_nb.core.errors import for_user
 
     words = [_hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     debug = "--debug" in words
@@ -183,22 +183,29 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(e.format_message().split())
         print(f"calib-nb: {message}; see: calib-nb {_command(words)}--help", file=sys.stderr)
         code = e.exit_code
-    except (CalibError, ModuleNotFoundError, OSError) as e:
-        error = missing_extra(e) if isinstance(e, ModuleNotFoundError) else e
+    except Exception as e:
+        error = for_user(e)
         if debug or error is None:
             raise
-        print(f"calib-nb: {_one_line(error)}", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
+        print(f"calib-nb: {error}", file=sys.stderr)
+        code = error.exit_code
     if code == 130:
-        print("calib-nb: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"calib-nb: interrupted; {_go_on(words)}", file=sys.stderr)
     return code
 
 
-def _one_line(error: Exception) -> str:
-    """The text of an error; one of the system names its file and what to look at."""
-    if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or error}; check that it can be read or written"
-    return str(error)
+# Those that keep what they have done; the others begin again, which leaves the same result.
+_GOES_ON = ("prepare", "faces bench", "depth metadata", "tags train", "tags download", "models fetch")
+
+
+def _go_on(words: list[str]) -> str:
+    """What to do after Ctrl-C."""
+    command = _command(words).strip()
+    if command == "depth train":
+        return "the same command with --resume goes on behind the last whole epoch"
+    if command in _GOES_ON:
+        return "the same command goes on where this one stopped"
+    return "nothing half-written is left, and the same command begins again"
 
 
 def _hyphens(word: str) -> str:
@@ -213,8 +220,9 @@ def _set_up_logs(debug: bool, quiet: bool) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("calib_nb").setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
-    for chatty in ("matplotlib", "PIL", "papermill", "asyncio", "parso", "traitlets"):
+    for chatty in ("matplotlib", "PIL", "asyncio", "parso", "traitlets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it says of a kernel is in the error
 
 
 def _command(words: list[str]) -> str:

@@ -134,24 +134,25 @@ def check_parameters(name: str, values: Mapping[str, object]) -> dict[str, objec
         The typed values.
 
     Raises:
-        InputError: A parameter is unknown, its value has another type, or a file that a shipped report reads is
-            missing.
+        InputError: A parameter is unknown, or its value has another type.
     """
     known = report_parameters(name)["default"].to_dict()
     if values and not known:
         fix = "give the cell that sets them the tag 'parameters'"
         raise InputError(f"{name} has no parameters to set: no cell of it has the tag 'parameters'", fix=fix)
     values = {require_known(key, known, f"parameter of report {name}"): value for key, value in values.items()}
-    values = {key: _typed(key, value, known[key]) for key, value in values.items()}
-    if name in _shipped():
-        for key in [key for key in _READ if values.get(key)]:
-            if not Path(values[key]).exists():
-                raise InputError(f"{key}: no such file or folder: {values[key]}", fix="check the path")
-    return values
+    return {key: _typed(key, value, known[key]) for key, value in values.items()}
 
 
 _READ = ("model", "checkpoint", "qat_checkpoint", "config", "detector", "pairs", "coco", "lfw_dir", "against")
 _READ += ("images", "calibration_images", "source_dir", "dataset_path", "dataset_root")
+
+
+def _check_files(name: str, values: Mapping[str, object]) -> None:
+    """`InputError` when a file or folder that a shipped report reads is missing."""
+    for key in [key for key in _READ if values.get(key) and name in _shipped()]:
+        if not Path(str(values[key])).exists():
+            raise InputError(f"{key}: no such file or folder: {values[key]}", fix="check the path")
 
 
 def _typed(key: str, value: object, default: object) -> object:
@@ -288,12 +289,13 @@ def run_report(
         Where the files are.
 
     Raises:
-        InputError: An unknown report or parameter.
+        InputError: An unknown report or parameter, or a missing file.
         CalibError: The notebook failed; it is kept beside the run folder as NAME.failed.ipynb.
 
     Source: papermill.execute_notebook.
     """
     values = check_parameters(report, parameters or {})
+    _check_files(report, values)
     if values.pop("run_dir", ""):
         raise InputError("parameter run_dir is filled by the runner", fix="use -p name=... instead")
     folder = Path(os.path.abspath(folder)) if folder is not None else run_path(report, values, root)

@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 
+from calib_nb.cli import _go_on, main
 from calib_nb.core import run as files
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.core.run import atomic_file, atomic_folder, made_once, private_folder
@@ -256,3 +257,49 @@ def test_a_line_break_in_a_name_is_refused_where_a_list_would_hold_it(compiler):
     with pytest.raises(InputError, match="holds a line break"):
         compile_model("right.onnx", "c.json", "out", toolchain="generic")
     assert compile_model("right.onnx", "c.json", "out").files == ("x",)
+
+
+SYSTEM = {
+    "permission": (
+        PermissionError(13, "Permission denied", "out/a"),
+        "out/a: Permission denied; check the permissions",
+    ),
+    "full disk": (OSError(28, "No space left on device", "out/a"), "out/a: No space left on device; free some space"),
+    "a link in a circle": (OSError(40, "Too many levels of symbolic links", "a"), "leads back to itself"),
+    "a folder": (IsADirectoryError(21, "Is a directory", b"out"), "out: Is a directory; name a file"),
+    "a rename": (OSError(18, "Invalid cross-device link", "a", None, "b"), "b: Invalid cross-device link"),
+    "memory": (MemoryError(), "not enough memory"),
+    "memory of OpenCV": (cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes"), "not enough memory"),
+    "a name": (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "not UTF-8"),
+    "a long message": (InputError("x" * 20_000_000), "(20,000,000 characters)"),
+}
+
+
+@pytest.mark.parametrize("command", ["prepare --source-dir x --output-dir y", "verify --config x", "report --all x"])
+@pytest.mark.parametrize("case", SYSTEM)
+def test_what_the_system_refuses_is_one_line_in_every_command(command, case, monkeypatch, capsys):
+    error, text = SYSTEM[case]
+
+    def refuse(*_, **__):
+        raise error
+
+    for name in ("data.dataset.prepare", "npu.verify.verify", "report.run_all"):
+        monkeypatch.setattr(f"calib_nb.{name}", refuse)
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.count("\n") == 1 and len(err) < 5000
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("calib_nb.report.run_all", lambda *_, **__: {}["x"])
+    with pytest.raises(KeyError):
+        main(["report", "--all", "x"])
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [("prepare", "goes on where"), ("depth train", "--resume goes on"), ("tags train", "goes on where")]
+    + [(command, "begins again") for command in ("quantize", "verify", "report", "depth compare")],
+)
+def test_what_ctrl_c_says_is_true_of_each_command(command, text):
+    assert text in _go_on([*command.split(), "--model", "prepare"])
