@@ -16,6 +16,7 @@ from ..core.errors import InputError
 from ..core.seeds import one_thread
 from ..graph.layers import Layer, get_bias, get_weight, layers, set_weight
 from ..graph.model import Graph, attribute
+from .equalize import clip_bounds
 from .weights import walk, weight_scale
 
 _LOW, _HIGH = -0.1, 1.1  # how far the sigmoid reaches beyond 0 and 1, so that it can get there
@@ -186,8 +187,7 @@ def _limits(graph: Graph, layer: Layer) -> tuple[float, float]:
         return -np.inf, np.inf
     if reader.op_type == "Relu":
         return 0.0, np.inf
-    low, high = (graph.constant(reader.input[k]) if len(reader.input) > k else None for k in (1, 2))
-    return (-np.inf if low is None else float(low)), (np.inf if high is None else float(high))
+    return clip_bounds(graph, reader)
 
 
 def _learned(graph: Graph, layer: Layer, scale: np.ndarray, sample, bits: int, options: RoundingOptions):

@@ -99,7 +99,8 @@ def weight_grid(
         weight: Float array, finite.
         axis: That of the output channels.
         profile: The target, a `Profile` with 8-bit weights.
-        rows: `kernel_rows` of the weight: symmetric scales are raised until no neighbours overflow 16 bits.
+        rows: `kernel_rows` of the weight: where the profile is `avx2_safe`, symmetric scales are raised until no
+            neighbours overflow 16 bits.
         floor: Least scale, one or one per channel.
 
     Returns:
@@ -121,7 +122,7 @@ def weight_grid(
     largest = np.abs(weight if axis is None else np.moveaxis(weight, axis, 0)).reshape(len(own), -1).max(1)
     need = np.full(len(own), np.max(floor)) if axis is None else np.broadcast_to(floor, len(own))
     alive, empty = largest > 0, np.where(need > 0, need, 1.0)
-    if rows is not None and profile.weight_symmetric:
+    if rows is not None and profile.avx2_safe and profile.weight_symmetric:
         neighbours = _neighbour_scale(rows)
         need = np.maximum(need, neighbours if axis is not None else neighbours.max())
     # a coarse grid in use is divided, because the bias would suffer from it

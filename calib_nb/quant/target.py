@@ -33,6 +33,8 @@ class Profile:
             are computed in integers.
         float_nodes: Share (0..1) of the computing nodes that a recipe may keep in float where they hurt.
         float_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
+        avx2_safe: Whether weights are held back so that two neighbouring products fit into 16 bits, as x86 processors
+            with AVX2 and without VNNI need; it costs accuracy, and nothing else needs it.
         about: A sentence that says where the facts are from.
 
     Raises:
@@ -52,6 +54,7 @@ class Profile:
     float_between: bool = False
     float_nodes: float = 1.0
     float_macs: float = 0.01
+    avx2_safe: bool = False
     about: str = ""
 
     def __post_init__(self):
@@ -121,6 +124,7 @@ PROFILES = {
                 "Softmax",
             ),  # fmt: skip
             float_between=True,
+            avx2_safe=True,
             about="ONNX Runtime on x86 and Arm CPUs, where uint8 activations with int8 weights are fast.",
         ),
         Profile(

@@ -158,6 +158,17 @@ def grouped_weight(weight: np.ndarray, layer: Layer) -> np.ndarray:
     return weight.reshape(layer.groups, len(weight) // layer.groups, weight.shape[1], -1)
 
 # %% ../../nbs/quant/06_weights.ipynb #cell-27
+def _channel_axis(graph: Graph, tensor: str, rank: int) -> int:
+    """The axis of the channels of a tensor, from its number of axes and from the layer that it comes from."""
+    if rank < 3 or rank == 4:
+        return min(rank - 1, 1)
+    node = graph.producer(tensor)
+    while node is not None and node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        shape = graph.shape(node.output[0])
+        node = next((graph.producer(i) for i in node.input if i and shape and graph.shape(i) == shape), None)
+    return 1 if node is not None and node.op_type.startswith("Conv") else rank - 1
+
+
 def channel_statistics(
     graph: Graph, tensors: Sequence[str], images: Sequence[np.ndarray], *, last: Collection[str] = (), threads: int = 2
 ) -> dict[str, pd.DataFrame]:
@@ -167,7 +178,7 @@ def channel_statistics(
         graph: A float graph.
         tensors: Names of the tensors.
         images: Inputs, float32 [1,C,H,W].
-        last: Names of tensors of four axes whose channels are on the last one.
+        last: Names of tensors whose channels are on the last axis, where their number of axes does not say so.
         threads: Of ONNX Runtime.
 
     Returns:
@@ -184,7 +195,7 @@ def channel_statistics(
     session, rows = open_graph(graph, tensors, threads=threads), {name: [] for name in tensors}
     for image in images:
         for name, value in zip(tensors, session.run(tensors, {i.name: image for i in session.get_inputs()})):
-            axis = 1 if value.ndim == 4 and name not in last else value.ndim - 1
+            axis = value.ndim - 1 if name in last else _channel_axis(graph, name, value.ndim)
             others = tuple(k for k in range(value.ndim) if k != axis)
             rows[name].append([value.min(others), value.max(others), value.mean(others, dtype=np.float64)])
     tables = {}
@@ -193,7 +204,7 @@ def channel_statistics(
         tables[name] = pd.DataFrame({"min": low.min(0), "max": high.max(0), "mean": mean.mean(0)})
     return tables
 
-# %% ../../nbs/quant/06_weights.ipynb #cell-31
+# %% ../../nbs/quant/06_weights.ipynb #cell-32
 @dataclass
 class LayerVisit:
     """A stop of `walk`.
