@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .data.score import score_folder
     from .demo import demo_steps
     from .faces.detectors import FaceDetector
-    from .graph.contract import fix_batch, read_contract
+    from .graph.contract import read_contract
+    from .graph.fixed import fix_batch
     from .npu.compile import compile_model
     from .npu.config import generate_config, load_config, save_config
     from .npu.verify import verify
@@ -27,7 +28,7 @@ _HOMES = {
     "save_config": "npu.config",
     "verify": "npu.verify",
     "read_contract": "graph.contract",
-    "fix_batch": "graph.contract",
+    "fix_batch": "graph.fixed",
     "quantize": "api",
     "CompareOptions": "api",
     "compare": "api",

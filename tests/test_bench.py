@@ -31,7 +31,7 @@ from calib_nb.faces.pipelines import read_methods
 from calib_nb.faces.scores import pair_metrics, used
 from calib_nb.faces.verification import accuracy_kfold, kfold_right, kfold_thresholds, read_pairs
 from calib_nb.graph.build import conv, linear, sequential
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.sensitivity import noise_shares
 
 

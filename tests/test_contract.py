@@ -9,7 +9,8 @@ import pytest
 
 from calib_nb.core.errors import ModelError
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import fix_batch, open_session, read_contract, single_input
+from calib_nb.graph.contract import open_session, read_contract, single_input
+from calib_nb.graph.fixed import fix_batch
 
 
 def conv_graph(shape=("n", 3, 16, 16), **inputs):

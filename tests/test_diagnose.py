@@ -18,7 +18,7 @@ from calib_nb.core.similarity import similarity
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import preset
 from calib_nb.graph import build
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.model import load_graph
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.equalize import equalize

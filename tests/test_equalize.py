@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from calib_nb.core.errors import InputError
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.layers import get_bias, get_weight, layers, set_bias, set_weight
 from calib_nb.graph.model import load_graph, run
 from calib_nb.graph.simplify import simplify

@@ -13,7 +13,7 @@ import pytest
 from calib_nb.core.run import sha256_file
 from calib_nb.demo import demo_data
 from calib_nb.faces.demo import demo_embedder
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from calib_nb.graph import linear
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.fuse import channels_last, drop_expand, follow, fuse_gelu
 from calib_nb.graph.layers import layers, macs
 from calib_nb.graph.linear import REWRITES, flat_gemm, lean_attention, rewrite

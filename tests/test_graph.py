@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
 from calib_nb.graph.build import conv, network, sequential
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.layers import activations, aliases, get_bias, get_weight, layers, macs, set_bias, set_weight
 from calib_nb.graph.model import Graph, attribute, load_graph, open_graph, run
 from calib_nb.graph.simplify import fold_constants, fold_scales, plain_gemm, raise_opset, simplify

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.layers import activations
 from calib_nb.graph.model import load_graph, run
 from calib_nb.quant import kernels

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from calib_nb.core.errors import ImageError, InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.graph import build
-from calib_nb.graph.contract import fix_batch, open_session, read_contract
+from calib_nb.graph.contract import open_session, read_contract
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.quantize import images_digest, quantize_static, read_history
 from calib_nb.quant.ranges import RANGE_METHODS
 from calib_nb.quant.target import PROFILES, Profile, profile

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from calib_nb.core.errors import InputError
 from calib_nb.data.images import find_images
 from calib_nb.data.preprocess import preset
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.kernels import entropy_threshold
 from calib_nb.quant.observe import network_input, observe
 from calib_nb.quant.ranges import (

@@ -10,7 +10,8 @@ from test_quantize import network, scale
 
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import sha256_file
-from calib_nb.graph.contract import fix_batch, open_session
+from calib_nb.graph.contract import open_session
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.quantize import read_history
 from calib_nb.quant.recipe import STEPS, auto, quantize_by, split_images
 from calib_nb.quant.sensitivity import choose_float_nodes, noise_ratio

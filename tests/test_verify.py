@@ -8,7 +8,7 @@ import pytest
 from calib_nb.core.errors import ConfigError, InputError, ModelError
 from calib_nb.data.preprocess import preset
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import fix_batch
+from calib_nb.graph.fixed import fix_batch
 from calib_nb.npu.config import CompilerConfig, generate_config, save_config
 from calib_nb.npu.verify import verify
 

@@ -196,9 +196,9 @@ def fix_batch(
     ] = None,
 ):
     """Write a copy of an ONNX model with batch 1 (and a fixed size); both must give the same output."""
-    from calib_nb.graph import contract
+    from calib_nb.graph import fixed
 
-    typer.echo(f"model: {contract.fix_batch(model, output, size=input_size)}")
+    typer.echo(f"model: {fixed.fix_batch(model, output, size=input_size)}")
 
 
 @app.command("compile", epilog="Example: calib-nb compile --model yunet.onnx --config yunet.json --output compiled")
