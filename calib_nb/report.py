@@ -33,6 +33,7 @@ from calib_nb.core.run import (
     read_json,
     write_json,
 )
+from .core.settings import read_yaml
 
 # %% ../nbs/02_report.ipynb #cell-8
 def report_notebook(name: str) -> Path:
@@ -437,13 +438,11 @@ def _is_entry(entry: object) -> bool:
 
 
 def _read_spec(spec: str | Path) -> list[dict]:
-    import yaml
-
     form, fix = "a YAML list of {report, parameters}", "see `calib-nb report --help`"
     try:
-        entries = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"{spec} cannot be read: {e}", expected=form, fix=fix) from e
+        entries = read_yaml(spec)
+    except InputError as e:
+        raise InputError(e.what, expected=form, fix=fix) from e
     if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)):
         raise InputError(f"{spec} does not list reports", expected=form, fix=fix)
     names = [str(e["report"]) for e in entries]

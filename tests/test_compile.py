@@ -186,10 +186,10 @@ def test_a_toolchain_from_a_file(place):
         ("name: x\nprograms: [x]\ncommand: ['{model.__class__}']", "unknown place"),
         ("name: x\nprograms: [x]\ncommand: ['{0}', '{}']", "unknown place"),
         ("name: ../x\nprograms: [x]\ncommand: ['{model}']", "name"),
-        ("!!python/object/apply:os.system ['touch owned']", "no YAML"),
+        ("!!python/object/apply:os.system ['touch owned']", "not YAML"),
         ("- a", "valid dictionary|object"),
         ("", "valid dictionary|object"),
-        ("a: [", "no YAML"),
+        ("a: [", "not YAML"),
     ],
 )
 def test_bad_toolchains(tmp_path, text, message):

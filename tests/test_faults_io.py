@@ -2,21 +2,24 @@
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import nbformat
 import numpy as np
 import pytest
+import yaml
 
 from calib_nb.cli import _go_on, main
 from calib_nb.core import run as files
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.core.run import atomic_file, atomic_folder, made_once, private_folder
+from calib_nb.core.settings import read_yaml
 from calib_nb.graph.build import network
-from calib_nb.npu.compile import compile_model
+from calib_nb.npu.compile import compile_model, read_toolchain
 from calib_nb.npu.config import generate_config, save_config
-from calib_nb.report import check_parameters, report_parameters, run_path, run_report
+from calib_nb.report import check_parameters, report_parameters, run_all, run_path, run_report
 
 
 def hidden(folder):
@@ -303,3 +306,41 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 )
 def test_what_ctrl_c_says_is_true_of_each_command(command, text):
     assert text in _go_on([*command.split(), "--model", "prepare"])
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE_YAML = {
+    "alias bomb": BOMB,
+    "merge bomb": "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 40)),
+    "circle": "a: &a [*a]",
+    "deep": "[" * 90_000,
+    "deep by indentation": "".join(" " * k + "a:\n" for k in range(300)),
+    "deep by aliases": "- &a0 []\n" + "".join(f"- &a{k + 1} [*a{k}]\n" for k in range(200)),
+    "a number of 5,000 digits": "n: " + "9" * 5000,
+    "code": "!!python/object/apply:os.system [touch owned]",
+    "not text": "\x00\x01",
+    "many documents": "a: 1\n---\nb: 2",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_YAML)
+def test_hostile_yaml_is_one_short_line_in_little_time(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.yaml"
+    path.write_text(HOSTILE_YAML[case])
+    start = time.process_time()
+    for read in (read_yaml, read_toolchain, run_all):
+        with pytest.raises(InputError, match=r"x\.yaml") as refused:
+            read(path)
+        assert len(str(refused.value)) < 500
+    assert time.process_time() - start < 3 and [p.name for p in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_yaml_of_every_day_is_read_as_pyyaml_reads_it(tmp_path):
+    text = "a: {<<: &m {x: 1, y: 2.5}, z: [*no, null]}".replace("*no", "no") + "\nb: 'x'\nc: |\n  two\n  lines\n"
+    (tmp_path / "x.yaml").write_text(text)
+    assert read_yaml(tmp_path / "x.yaml") == yaml.safe_load(text)
+    (tmp_path / "x.yaml").write_text("name: 2026-01-31")
+    assert read_yaml(tmp_path / "x.yaml") == {"name": "2026-01-31"}  # the text, where PyYAML makes a date

@@ -191,7 +191,7 @@ def atomic_folder(path: str | Path, *, keep_partial: bool = False) -> Iterator[P
 @contextlib.contextmanager
 def _claimed(partial: Path, path: Path) -> Iterator[None]:
     """Make `partial` where it is not there, and hold its lock."""
-    _make_parent(partial)
+    _make_parent(path)
     if fcntl is None:
         partial.mkdir(exist_ok=True)
         yield
@@ -316,18 +316,19 @@ def write_json(path: str | Path, value: object) -> Path:
     return Path(path)
 
 
-def read_json(path: str | Path, *, max_mb: float = 64) -> object:
+def read_json(path: str | Path, *, max_mb: float = 64, max_depth: int = 100) -> object:
     """Read a JSON file.
 
     Args:
         path: File to read, UTF-8 with or without a byte order mark.
         max_mb: Size above which it is not read, in megabytes.
+        max_depth: Levels of lists and objects in one another that are allowed.
 
     Returns:
         What the file holds.
 
     Raises:
-        InputError: The file is missing, empty, too large, malformed, or holds NaN.
+        InputError: The file is missing, empty, too large, too deep, malformed, or holds NaN.
 
     Source: RFC 8259.
     """
@@ -342,10 +343,25 @@ def read_json(path: str | Path, *, max_mb: float = 64) -> object:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
         fault = "it is empty" if size == 0 else str(e)
         raise InputError(f"{path} is not valid JSON: {fault}", fix="repair it, or write it again") from e
+    if _deeper(value, max_depth):
+        expected = f"at most {max_depth} levels"
+        raise InputError(f"{path} nests lists and objects too deep", expected=expected, fix="is this the right file?")
+    return value
+
+
+def _deeper(value: object, depth: int) -> bool:
+    """Whether lists and dicts stand in one another more than `depth` deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return False
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+    return True
 
 # %% ../../nbs/core/02_run.ipynb #cell-36
 def contained(root: str | Path, path: str | Path) -> Path:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..core.errors import ConfigError, InputError, suggest
 from ..core.run import RunFolder, atomic_file, atomic_folder, private_folder, read_json, write_json
+from ..core.settings import parse_yaml, read_yaml
 from ..data.operations import explain
 from .config import CALIBRATION_METHODS, CompilerConfig, dataset_folder, load_config
 from .findings import refuse_errors
@@ -112,30 +113,25 @@ def read_toolchain(name: str | Path) -> Toolchain:
     Raises:
         ConfigError: The text lists what is wrong in it.
     """
-    import yaml
-
-    text = TOOLCHAINS.get(str(name)) or _read_yaml(name)
     fix = "compare it with the shipped ones"
     try:
-        return Toolchain.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError) as e:
-        raise ConfigError(f"{name} is no YAML: {str(e).splitlines()[0]}", fix=fix) from e
+        return Toolchain.model_validate(_toolchain_values(name))
     except ValidationError as e:
         faults = [f"{f.where}: {f.what}" + (f" ({f.fix})" if f.fix else "") for f in explain(e, Toolchain)]
         raise ConfigError(f"{name}: " + " | ".join(faults), fix=fix) from e
 
 
-def _read_yaml(name: str | Path) -> str:
-    """The text of a toolchain file; `ConfigError` when it is none, or cannot be read."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+def _toolchain_values(name: str | Path) -> object:
+    """What a shipped toolchain or a YAML file holds; `ConfigError` when it is none, or cannot be read."""
+    if str(name) in TOOLCHAINS:
+        return parse_yaml(TOOLCHAINS[str(name)])
+    if Path(name).suffix not in (".yaml", ".yml"):
         expected = f"{' or '.join(TOOLCHAINS)}, or a file that ends in .yaml"
         raise ConfigError(f"unknown toolchain '{name}'", expected=expected, fix=suggest(str(name), TOOLCHAINS))
     try:
-        return path.read_text(encoding="utf-8") if path.stat().st_size < 100_000 else "too large"
-    except (OSError, UnicodeDecodeError) as e:
-        what = f"the toolchain {name} cannot be read: {getattr(e, 'strerror', e)}"
-        raise ConfigError(what, expected="a YAML file", fix="check the path") from e
+        return read_yaml(name, max_kb=100)
+    except InputError as e:
+        raise ConfigError(e.what, expected=e.expected, fix=e.fix) from e
 
 # %% ../../nbs/npu/05_compile.ipynb #cell-14
 def build_command(
