@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import model_digest, read_contract, require_runs
+from calib_nb.graph.contract import model_digest, model_mb, read_contract, require_runs
 from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.linear import rewrite
 from calib_nb.graph.model import Graph, load_graph, open_graph, run
@@ -419,7 +419,7 @@ def test_weights_beside_the_file_count(tmp_path):
     contract = read_contract(first)
     data = (tmp_path / "a.onnx.data").stat().st_size
     assert contract.weight_bytes == data >= 4 * contract.parameters == 4 * (8 * 3 * 9 + 4 * 8)
-    assert contract.size_mb == (first.stat().st_size + data) / 1e6
+    assert model_mb(first) == (first.stat().st_size + data) / 1e6
     before, file = model_digest(first), first.read_bytes()
     weights = bytearray((tmp_path / "a.onnx.data").read_bytes())
     weights[5] ^= 1
@@ -470,3 +470,16 @@ def test_fix_batch_of_lists_and_texts(tmp_path):
     fixed = fix_batch(write(tmp_path, model), tmp_path / "b1.onnx")
     outputs = open_graph(Graph(onnx.load(fixed))).run(None, {"x": np.ones((1, 3, 4, 4), np.float32)})
     assert len(outputs[0]) == 3 and outputs[1].dtype == object and outputs[2].shape == (1, 2, 4, 4)
+
+
+def test_sizes_and_hashes_of_a_quantized_model_count_the_weights_beside_it(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(plain_model(), path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    models = []
+    for k in range(2):
+        weights = bytearray((tmp_path / "m.onnx.data").read_bytes())
+        weights[3] ^= k
+        (tmp_path / "m.onnx.data").write_bytes(weights)
+        models.append(quantize_static(path, IMAGES, tensor_of, tmp_path / "q.onnx", progress=False))
+    assert models[0].model_sha256 != models[1].model_sha256 == model_digest(path)
+    assert models[0].float_size_mb * 1e6 == path.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size

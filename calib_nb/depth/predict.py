@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..core.errors import ImageError, InputError, ModelError, require_known
 from ..core.parallel import Journal
-from ..core.run import atomic_file, read_json, sha256_file, versions, write_json
+from ..core.run import atomic_file, read_json, versions, write_json
 from ..data.images import decode, encode_png, find_images
 from ..data.preprocess import preset
 from ..data.set_files import set_names
@@ -29,7 +29,7 @@ from .copy import frame_names
 from .frames import Frames, depth_task
 from .metrics import DEPTH_METRICS, Scoring, output_depth
 from .ncdb import IMAGES, decode_depth, locate_file, read_split
-from ..graph.contract import open_session, read_contract, single_input
+from ..graph.contract import model_digest, open_session, read_contract, single_input
 from ..quant.observe import network_input
 
 # %% ../../nbs/depth/15_predict.ipynb #cell-8
@@ -238,7 +238,7 @@ def predict_depth(
     if images.empty:
         raise InputError(f"no image in {source / split_file}", expected="at least one")
     session = open_session(model, options.threads)
-    settings = {"model": sha256_file(model), "preprocess": repr(chain), "output": scoring.output}
+    settings = {"model": model_digest(model), "preprocess": repr(chain), "output": scoring.output}
     settings |= {"scale": options.scale, "formats": list(options.formats), "size": options.size, "versions": versions()}
     _claim(folder, settings)
     journal, rows = Journal(folder / _JOURNAL, json.dumps(settings)), []

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError, require_known
-from ..core.run import RunFolder, atomic_file, sha256_file
+from ..core.run import RunFolder, atomic_file
 from ..data.images import contact_sheet, decode
 from .align import align
 from .charts import save_charts
@@ -24,6 +24,7 @@ from .embed import Embedded, Embedder, centre_crop, embed_photos
 from .pipelines import detector_hashes, pairs_hash, read_methods, read_networks, run_signature
 from .scores import POLICIES, Bench, pair_metrics, score_pairs, used, worst_errors
 from .verification import Pairs, read_pairs
+from ..graph.contract import model_digest
 from ..quant.recipe import with_settings
 
 _log = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def bench(
         _write_errors(result, errors, options.worst)
     facts = {"lfw_dir": str(lfw_dir), "photos": images, "undetected": undetected}
     facts["methods"] = {label: [name, *detector_hashes(name, file)] for label, (name, file) in methods.items()}
-    facts["models"] = {label: sha256_file(path) for label, path in networks.items()}
+    facts["models"] = {label: model_digest(path) for label, path in networks.items()}
     facts |= {name: getattr(options, name) for name in ("batch_size", "flip", "bootstrap", "seed")}
     run.finish(facts, missing=list(pairs.missing), malformed=list(pairs.malformed))
     return result

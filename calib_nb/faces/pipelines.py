@@ -18,6 +18,7 @@ from ..core.run import sha256_file, versions
 from .detectors import DETECTORS, available
 from .embed import onnx_file
 from .verification import Pairs
+from ..graph.contract import model_digest
 
 # %% ../../nbs/faces/16_pipelines.ipynb #cell-7
 def _labelled(methods: Sequence[str]) -> dict[str, tuple[str, str | None]]:
@@ -111,7 +112,7 @@ def detector_hashes(name: str, file: Path | None) -> list[str]:
     """
     if file is None:
         return [model.sha256 for model in find_models(DETECTORS[name].models)]
-    return [sha256_file(f) for f in (sorted(file.glob("*.npy")) if file.is_dir() else [file])]
+    return [model_digest(f) for f in (sorted(file.glob("*.npy")) if file.is_dir() else [file])]
 
 
 def run_signature(
@@ -127,6 +128,6 @@ def run_signature(
         device: cpu, cuda or auto.
     """
     detector, libraries = DETECTORS[method[0]], versions() | versions("mediapipe", "opencv-contrib-python")
-    hashes = {label: sha256_file(path) for label, path in networks.items()}
+    hashes = {label: model_digest(path) for label, path in networks.items()}
     thresholds = detector.score_threshold, detector.nms_threshold
     return json.dumps([2, images, method[0], detector_hashes(*method), *thresholds, hashes, flip, device, libraries])

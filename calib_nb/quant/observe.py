@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError, ModelError, suggest
-from ..core.run import sha256_file
 from ..data.images import decode
+from ..graph.contract import model_digest
 from ..graph.layers import activations
 from ..graph.model import Graph, load_graph, open_graph, run
 from .stats import ActivationStats, Collector, Measurement, channel_values, read_stats
@@ -179,7 +179,7 @@ def observe(
     if isinstance(model, Graph):
         graph, digest = model, hashlib.sha256(model.model.SerializeToString(deterministic=True)).hexdigest()
     else:
-        graph, digest = load_graph(model), sha256_file(model)
+        graph, digest = load_graph(model), model_digest(model)
     tensors = list(tensors) if tensors is not None else activations(graph)
     if threads < 1 or options.save_every < 1 or not tensors or len(set(tensors)) != len(tensors):
         problem = f"{threads} threads, saving every {options.save_every} images, {len(tensors)} tensors"

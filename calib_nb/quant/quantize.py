@@ -20,6 +20,7 @@ import pandas as pd
 from ..core.errors import InputError, ModelError, require_known, suggest
 from ..core.run import sha256_file, versions
 from ..core.similarity import decibels
+from ..graph.contract import model_digest, model_mb
 from ..graph.layers import activations
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph, open_graph, run
@@ -44,9 +45,9 @@ class QuantizedModel:
         method: Name of the range method, "auto: NAME" for a recipe.
         images: Number of calibration images.
         images_sha256: SHA-256 of the calibration images; see `images_digest`.
-        model_sha256: SHA-256 of the float file.
+        model_sha256: SHA-256 of the float file, its weights in other files included.
         size_mb: Size of the file, megabytes.
-        float_size_mb: Size of the float file, megabytes.
+        float_size_mb: Size of the float file, its weights in other files included, megabytes.
         int8_share: Share of the multiply-accumulates in INT8, 0 to 1.
         float_nodes: Names of the nodes kept in float by choice.
         noise: Noise of the outputs as a share of their signal, on some of the images; see `sensitivity.noise_ratio`.
@@ -384,7 +385,7 @@ def check_request(
         raise InputError(f"profile {target.name}: {bits}", expected="8 bits for both")
     if not Path(model).is_file():
         raise ModelError(f"no such model: {model}", fix="check the path")
-    digests = {"images_sha256": images_digest(images), "model_sha256": sha256_file(model)}
+    digests = {"images_sha256": images_digest(images), "model_sha256": model_digest(model)}
     packages = json.dumps(versions("calib-nb", "numpy", "onnx", "onnxruntime"))
     return target, {"profile": target.name, "images": len(images), **digests, "versions": packages}
 
@@ -428,7 +429,7 @@ def write_int8_model(
     noise = check_runs(int8, trial) if trial is not None else float("nan")
     notes = {"int8_share": f"{share:.4f}", "float_nodes": json.dumps(list(float_nodes))}
     path = save_quantized(int8, output, history | notes)
-    size_mb, float_size_mb = (Path(p).stat().st_size / 1e6 for p in (path, model))
+    size_mb, float_size_mb = model_mb(path), model_mb(model)
     return QuantizedModel(
         path=path,
         profile=target.name,
