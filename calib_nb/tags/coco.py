@@ -9,6 +9,8 @@ __all__ = ['CHECKS', 'COCO_CATEGORIES', 'sound_entries', 'tag_table', 'image_fau
 
 # %% ../../nbs/tags/04_coco.ipynb #cell-2
 import logging
+import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import pandas as pd
 from ..core.errors import ImageError, InputError, require_known
 from ..core.parallel import parallel_map
 from ..core.run import contained, read_json
-from ..data.images import decode, probe
+from ..data.images import EXTENSIONS, decode, probe
 from ..data.preprocess import PRESETS, Preprocess
 
 _log = logging.getLogger(__name__)
@@ -35,30 +37,60 @@ def _category_ids(data: dict, where: str) -> set:
             expected="an object with the lists images, annotations and categories",
             fix="is this the right file? COCO's captions and keypoints have other files",
         )
-    named = [(c.get("id"), c.get("name")) if isinstance(c, dict) else (None, None) for c in data["categories"]]
+    named = [(_id(c.get("id")), c.get("name")) if isinstance(c, dict) else (None, None) for c in data["categories"]]
+    ids, names = set(), set()
     for id, name in named:
-        typed = isinstance(id, int) and not isinstance(id, bool) and isinstance(name, str)
-        if not typed or sum(id == i or name == n for i, n in named) > 1:
+        if not isinstance(id, int) or not isinstance(name, str) or name in ("", "path") or id in ids or name in names:
             raise InputError(
-                f"{where}: the category {name!r} with id {id!r}",
-                expected="a whole number and a name, each used once",
+                f"{where}: the category {reprlib.repr(name)} with id {reprlib.repr(id)}",
+                expected="a whole number and a name, each used once; path is the name of the table's own column",
                 fix="correct the list of categories",
             )
+        ids.add(id)
+        names.add(name)
     if not named:
         raise InputError(f"{where} is not in COCO's instances format: no categories", expected="at least one")
-    return {id for id, _ in named}
+    return ids
+
+
+def _id(value: object) -> int | str | None:
+    """An id as it is compared: 1.0, as pandas writes a column with gaps, is 1; None for what is no id."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def _known(id: int | str, ids: dict | set) -> int | str:
+    """The one of `ids` that is meant: itself, or the number that it spells."""
+    number = int(id) if isinstance(id, str) and id not in ids and id.isdecimal() and len(id) < 20 else id
+    return number if number in ids else id
+
+
+def _file_of(image: dict, folder: Path) -> str:
+    """The file name of an image entry, relative to the folder; it may have Windows' separators or the folder's name."""
+    file = image["file_name"]
+    spelled = [file, plain := file.replace("\\", "/"), plain.removeprefix(f"{folder.name}/")]
+    return next((name for name in spelled if os.path.isfile(folder / name)), plain)
 
 
 def _image_problem(image: object, ids: set, folder: str | Path) -> str:
     """Why an image entry cannot be used, or ""; `ids` are those before it."""
-    id, file = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
-    if not isinstance(id, int | str) or not isinstance(file, str) or not file or id in ids:
+    id, file = (_id(image.get("id")), image.get("file_name")) if isinstance(image, dict) else (None, None)
+    if id is None or not isinstance(file, str) or not file or id in ids:
         return "damaged image entry"
     try:
-        contained(folder, file)
-    except (InputError, ValueError):
+        os.fsencode(file)
+        contained(folder, _file_of(image, Path(folder)))
+    except (InputError, ValueError, OSError):
         return "outside the folder"
     return ""
+
+
+def _roots(data: dict, annotations: list[dict]) -> list[dict]:
+    """Categories that labelling tools put above the others, with no annotation of their own."""
+    used = {a["category_id"] for a in annotations}
+    above = {c.get("supercategory") for c in data["categories"] if isinstance(c.get("supercategory"), str)}
+    return [c for c in data["categories"] if c["name"] in above and _id(c["id"]) not in used]
 
 
 def sound_entries(data: dict, images: str | Path, where: str = "the file") -> tuple[dict, list[dict]]:
@@ -80,35 +112,44 @@ def sound_entries(data: dict, images: str | Path, where: str = "the file") -> tu
     categories, faults, sound, annotations, ids = _category_ids(data, where), [], [], [], set()
 
     def fault(problem, entry, k, what):
-        faults.append({"problem": problem, "where": f"{entry} {k}", "what": what})
+        where, what = (text.encode("utf-8", "backslashreplace").decode() for text in (f"{entry} {k:.60}", what[:200]))
+        faults.append({"problem": problem, "where": where, "what": what})
 
     for k, image in enumerate(data["images"]):
         problem = _image_problem(image, ids, images)
-        id, file = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        given, file = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        id = _id(given)
         if problem == "damaged image entry":
-            again = isinstance(id, int | str) and id in ids
-            fault(problem, "image", k, f"id {id!r}, file_name {file!r}" + (", an id used before" if again else ""))
+            again = ", an id used before" if id is not None and id in ids else ""
+            fault(problem, "image", str(k), f"id {reprlib.repr(given)}, file_name {reprlib.repr(file)}{again}")
             continue
         ids.add(id)
         if problem:
-            fault(problem, "image", id, file)
+            fault(problem, "image", str(id), file)
         else:
-            sound.append(image)
+            sound.append(image | {"id": id, "file_name": _file_of(image, Path(images))})
     usable = {image["id"] for image in sound}
     for k, a in enumerate(data["annotations"]):
-        image, category = (a.get("image_id"), a.get("category_id")) if isinstance(a, dict) else (None, None)
-        number = a.get("id", k) if isinstance(a, dict) else k
-        if not isinstance(image, int | str) or not isinstance(category, int):
-            fault("damaged annotation", "annotation", number, f"image_id {image!r}, category_id {category!r}")
-        elif image not in ids:
+        given = (a.get("image_id"), a.get("category_id")) if isinstance(a, dict) else (None, None)
+        (image, category), number = map(_id, given), str(a.get("id", k) if isinstance(a, dict) else k)
+        if image is None or category is None:
+            what = f"image_id {reprlib.repr(given[0])}, category_id {reprlib.repr(given[1])}"
+            fault("damaged annotation", "annotation", number, what)
+            continue
+        image, category = _known(image, ids), _known(category, categories)
+        if image not in ids:
             fault("unknown image id", "annotation", number, f"image_id {image}")
         elif category not in categories:
             fault("unknown category id", "annotation", number, f"category_id {category}")
         elif image in usable:
-            annotations.append(a)
-    return {**data, "images": sound, "annotations": annotations}, faults
+            annotations.append(a | {"image_id": image, "category_id": category})
+    roots = _roots(data, annotations)
+    for c in roots:
+        fault("root category without annotations", "category", str(c["id"]), c["name"])
+    named = [c | {"id": _id(c["id"])} for c in data["categories"] if c not in roots]
+    return {**data, "images": sound, "annotations": annotations, "categories": named}, faults
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-13
+# %% ../../nbs/tags/04_coco.ipynb #cell-15
 def tag_table(data: dict, images: str | Path) -> pd.DataFrame:
     """The tags of a COCO instances object as a table.
 
@@ -131,7 +172,7 @@ def tag_table(data: dict, images: str | Path) -> pd.DataFrame:
     table.insert(0, "path", [str(Path(images) / image["file_name"]) for image in data["images"]])
     return table
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-16
+# %% ../../nbs/tags/04_coco.ipynb #cell-18
 CHECKS = {"decode": decode, "header": probe}
 
 
@@ -152,7 +193,7 @@ def image_fault(path: str | Path, check: str = "decode") -> tuple[str, str]:
         return problem, f"{e.reason}: {e.what.replace(str(path), Path(path).name)}"
     return "", ""
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-19
+# %% ../../nbs/tags/04_coco.ipynb #cell-21
 @dataclass(frozen=True)
 class TagSet:
     """Images with tags.
@@ -190,7 +231,7 @@ class TagSet:
         missing = pd.DataFrame(0, self.table.index, [c for c in classes if c not in self.classes], np.int8)
         return TagSet(pd.concat([self.table, missing], axis=1)[["path", *classes]], self.report)
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-22
+# %% ../../nbs/tags/04_coco.ipynb #cell-24
 def image_folder(instances: str | Path) -> Path:
     """Where the images of an instances JSON are.
 
@@ -198,11 +239,13 @@ def image_folder(instances: str | Path) -> Path:
         instances: The file; instances_NAME.json in COCO's own layout.
 
     Returns:
-        The first that exists of images/ beside it, NAME/ beside it, and NAME/ beside its folder; else images/.
+        The first that exists of images/ beside it, NAME/ beside it, and NAME/ beside its folder; else its own folder,
+        when images are in it; else images/.
     """
     beside, name = Path(instances).parent, Path(instances).stem.removeprefix("instances_")
     places = [beside / "images", beside / name, beside.parent / name]
-    return next((place for place in places if place.is_dir()), places[0])
+    flat = beside.is_dir() and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(beside))
+    return next((place for place in places if place.is_dir()), beside if flat else places[0])
 
 
 @dataclass(frozen=True)
@@ -234,7 +277,7 @@ def load_coco(
         The set; what is left out is in its report, and warned about in one line.
 
     Raises:
-        InputError: The file is not of this format, its folder is missing, or no image is left.
+        InputError: The file is not of this format, its folder is missing, or no image or no annotation is left.
 
     Source: COCO data format.
     """
@@ -260,6 +303,12 @@ def load_coco(
             expected=f"images in {folder}",
             fix="name the folder of the images",
         )
+    if not table.iloc[:, 1:].to_numpy().any():
+        raise InputError(
+            f"{instances}: no image that can be used has an annotation" + (f"; left out {counted}" if counted else ""),
+            expected="annotations whose image_id and category_id are those of images and categories",
+            fix="is this the file of another split?",
+        )
     if faults:
         _log.warning("%s: left out %s", instances, counted)
     return tags
@@ -269,7 +318,7 @@ def load_tagged(instances: str | Path, images: str | Path | None = None) -> pd.D
     """The table of `load_coco`, for callers that need no report; arguments and errors are the same."""
     return load_coco(instances, images, progress=False).table
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-28
+# %% ../../nbs/tags/04_coco.ipynb #cell-32
 _NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
     "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
@@ -280,7 +329,7 @@ _NAMES = (
 )
 COCO_CATEGORIES = {id: name for id, name in enumerate(_NAMES.split(","), 1) if name}  # id: name
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-31
+# %% ../../nbs/tags/04_coco.ipynb #cell-35
 def to_tensor() -> Preprocess:
     """The chain of preset resnet-tags without its resize: BGR uint8 [size,size,3] -> float32 [1,3,size,size].
 
@@ -325,7 +374,7 @@ def evaluation_chain(size: int = 224, crop: float = 0.875) -> Preprocess:
     scaled = Preprocess().resize(size=short_side(size, crop), mode="torchvision").centercrop(size, size)
     return Preprocess((*scaled.steps, *to_tensor().steps))
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-35
+# %% ../../nbs/tags/04_coco.ipynb #cell-39
 def random_crop(bgr: np.ndarray, size: int, side: int, rng: np.random.Generator) -> np.ndarray:
     """Cut a random piece, mirrored half of the time.
 
@@ -369,7 +418,7 @@ def jitter(bgr: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
     gray = cv2.cvtColor(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     return cv2.addWeighted(bgr, saturation, gray, 1 - saturation, 0)
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-41
+# %% ../../nbs/tags/04_coco.ipynb #cell-45
 class TagDataset:
     """A map-style dataset over (epoch, number): (float32 [3,size,size], float32 [classes], number).
 
@@ -408,7 +457,7 @@ class TagDataset:
             bgr = jitter(random_crop(bgr, self.size, self.side, rng), self.strength, rng)
         return self.chain(bgr)[0], self.targets[number], number
 
-# %% ../../nbs/tags/04_coco.ipynb #cell-44
+# %% ../../nbs/tags/04_coco.ipynb #cell-48
 class EpochBatches:
     """Lists of (epoch, number) keys for a DataLoader's `batch_sampler`; set `epoch` before each pass.
 

@@ -13,13 +13,14 @@ from typing import Annotated, Literal
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..core.errors import ConfigError, InputError, require_known
+from ..core.errors import ConfigError, InputError, require_known, shorten
 from ..core.run import atomic_file
+from ..core.settings import parse_yaml, read_yaml
 from ..data.operations import explain
 from .losses import TAG_LOSSES
 
 # %% ../../nbs/tags/07_config.ipynb #cell-7
-_Positive = Annotated[int, Field(ge=1)]
+_Positive = Annotated[int, Field(ge=1, le=10_000_000)]  # what exceeds it is a slip of the keyboard
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -44,9 +45,11 @@ class TrainConfig(BaseModel):
     )
     output: Path = Field(description="folder for checkpoints, history and TensorBoard's files")
     model: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet18", description="network")
-    width: _Positive = Field(64, description="channels after its first layer; 64 as published")
+    width: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="channels after its first layer; 64 as published"
+    )
     weights: Path | None = Field(None, description="torchvision's ImageNet weights to start from")
-    size: Annotated[int, Field(ge=32)] = Field(224, description="input, pixels")
+    size: Annotated[int, Field(ge=32, le=16384)] = Field(224, description="input, pixels")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         0.875, description="ratio of the input to the short side that it is cut from"
     )
@@ -69,8 +72,8 @@ class TrainConfig(BaseModel):
         Field("auto", description="mixed precision; auto: off on a CPU, bf16 on a GPU that has it, else fp16")
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that prepare images; 0: none")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, shuffling and augmentation")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(2, description="processes that prepare images; 0: none")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, shuffling and augmentation")
     tensorboard: bool = Field(True, description="write TensorBoard's files")
 
     def loss_options(self) -> dict[str, float]:
@@ -114,17 +117,17 @@ def parse_override(text: str, known: Sequence[str]) -> tuple[str, object]:
     Raises:
         InputError: It is no setting, or an unknown one; the nearest is named.
     """
-    import yaml
-
     key, sign, value = text.partition("=")
     if not sign:
-        raise InputError(f"'{text}' is not a setting", expected="KEY=VALUE", fix="for instance: epochs=30")
+        raise InputError(f"'{shorten(text, 60)}' is not a setting", expected="KEY=VALUE", fix="for instance: epochs=30")
     require_known(key.strip(), known, "setting")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as e:
+        return key.strip(), parse_yaml(value)
+    except InputError as e:
         raise InputError(
-            f"{text}: the value cannot be read", expected="a number, a word or true or false", fix="quote it"
+            f"{shorten(text, 60)}: the value cannot be read",
+            expected="a number, a word or true or false",
+            fix="quote it",
         ) from e
 
 
@@ -154,19 +157,13 @@ def load_train_config(
         ConfigError: Lists every fault.
         InputError: An override is not a known setting.
     """
-    import yaml
-
     source, settings = "settings", dict(path) if isinstance(path, Mapping) else {}
     if isinstance(path, str | Path):
         source = str(path)
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-            raise ConfigError(
-                f"{path} cannot be read: {' '.join(str(getattr(e, 'strerror', None) or e).split())[:200]}",
-                expected="a YAML file",
-                fix="check the path",
-            ) from e
+            settings = read_yaml(path) or {}
+        except InputError as e:
+            raise ConfigError(e.what, expected=e.expected, fix=e.fix) from e
         if not isinstance(settings, dict):
             raise ConfigError(f"{path} holds no settings", expected="lines of key: value")
         settings = _located(settings, Path(path).absolute().parent, model)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..analysis.tasks import TaskKind
-from ..core.errors import ModelError
+from ..core.errors import InputError, ModelError
 from ..data.preprocess import Preprocess
 from ..quant.observe import network_input
 from .coco import load_coco
@@ -36,6 +36,12 @@ class TaggingTask:
         table = images if isinstance(images, pd.DataFrame) else load_coco(images, progress=False).table
         self.samples, self.preprocess = table.path.tolist(), preprocess
         self.classes, self.targets = list(table.columns[1:]), table.drop(columns="path").to_numpy(np.float64)
+        if len(table) and not self.targets.any():
+            raise InputError(
+                f"none of {len(table)} images shows one of {len(self.classes)} categories",
+                expected="images with tags, to score",
+                fix="check the annotations",
+            )
 
     def load(self, sample: str) -> np.ndarray:
         """The network's input for one image, float32 [1,3,H,W]."""

@@ -48,6 +48,13 @@ def training_sets(config: TrainConfig, *, progress: bool = True) -> tuple[TagSet
     if config.val is not None:
         return tags, load_coco(config.val, config.val_images, check=config.check, progress=progress).align(tags.classes)
     held, learn = split_rows(len(tags.table), share=config.val_share, seed=config.seed)
+    for rows, use in ((learn, "to learn from"), (held, "that are held out")):
+        if not tags.targets[rows].any():
+            raise InputError(
+                f"the {len(rows)} images {use} show none of {len(tags.classes)} categories",
+                expected="images with tags in both parts",
+                fix="another val_share or seed, or name val",
+            )
     return tags.take(learn), tags.take(held)
 
 # %% ../../nbs/tags/08_train.ipynb #cell-12
