@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib_nb.core.errors import ModelError
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import model_digest, model_mb, read_contract, require_runs
-from calib_nb.graph.fixed import fix_batch
+from calib_nb.graph.contract import model_digest, model_mb, read_contract
+from calib_nb.graph.fixed import fix_batch, require_runs
 from calib_nb.graph.linear import rewrite
 from calib_nb.graph.model import Graph, load_graph, open_graph, run
 from calib_nb.graph.normal import normal_form, open_shapes, sort_nodes

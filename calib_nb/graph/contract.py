@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_digest', 'model_mb', 'read_contract',
-           'single_input', 'has_loop', 'BoundedSession', 'open_session', 'require_runs']
+           'single_input', 'has_loop', 'BoundedSession', 'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
 import functools
@@ -407,36 +407,3 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
 def _log_fallback(reason: str) -> None:
     """Log once per reason that a session runs on the CPU."""
     _log.info("ONNX models run on the CPU: %s", reason)
-
-# %% ../../nbs/graph/01_contract.ipynb #cell-36
-def require_runs(path: str | Path) -> None:
-    """Run a model once on a black image.
-
-    Args:
-        path: An ONNX file with one input of fixed shape.
-
-    Raises:
-        ModelError: ONNX Runtime cannot run it, though it knows all its operators.
-    """
-    import onnx
-
-    spec = single_input(read_contract(path))
-    model = _load(path)
-    local = {f.domain for f in model.functions}
-    if {n.domain for n in model.graph.node} - local - {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}:
-        return
-    size = f"{spec.shape[3]}x{spec.shape[2]}"
-    fix = f"export it with sizes that it can compute with, not {size} (many networks want sides that 32 divides)"
-    try:
-        image = np.zeros(spec.shape, onnx.helper.tensor_dtype_to_np_dtype(_type_of(model, spec.name)))
-        open_session(path).run(None, {spec.name: image})
-    except ModelError as e:
-        raise ModelError(e.what, expected=e.expected, fix=fix) from e
-    except Exception as e:  # ONNX Runtime's own exceptions share no other base
-        reason = str(e).splitlines()[0][:200]
-        raise ModelError(f"{path} does not run: {reason}", expected="a model that runs", fix=fix) from e
-
-
-def _type_of(model, name: str) -> int:
-    """Element type of an input."""
-    return next(i.type.tensor_type.elem_type for i in model.graph.input if i.name == name)

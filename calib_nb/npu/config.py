@@ -30,6 +30,7 @@ from ..data.images import find_images
 from ..data.operations import Operation, explain
 from ..data.preprocess import PRESETS, Preprocess, parse, preset
 from ..graph.contract import read_contract, single_input
+from ..graph.fixed import require_runs
 
 # %% ../../nbs/npu/01_config.ipynb #cell-9
 CALIBRATION_METHODS = ("ema", "minmax", "iqr", "kl", "percentile")
@@ -415,7 +416,7 @@ def generate_config(
 
     Raises:
         ConfigError: What was typed differs from the model, or the target does not take the method.
-        ModelError: No compiler takes the file.
+        ModelError: No compiler takes the file, or it does not run.
     """
     chosen = PRESETS[require_known(model_type, PRESETS, "model type")]
     check_method(calibration_method, target)
@@ -456,4 +457,5 @@ def _model_input(model: str | Path, name: str | None, size: tuple[int, int] | No
     if size is not None and tuple(size) != (width, height):
         what = f"{model} takes {width}x{height} pixels, not {size[0]}x{size[1]}"
         raise ConfigError(what, fix="leave --input-size out")
+    require_runs(model)
     return spec.name, (width, height)
