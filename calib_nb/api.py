@@ -21,8 +21,9 @@ from .core.errors import InputError
 from .data.duplicates import held_out
 from .data.images import find_images
 from .npu.config import CompilerConfig, load_config
-from .quant.quantize import QuantizedModel
-from .quant.recipe import quantize_by
+from .quant.quantize import QuantizedModel, with_settings
+from .quant.recipe import RecipeOptions, quantize_by
+from .quant.target import Profile
 
 # %% ../nbs/01_front_door.ipynb #cell-7
 Images = str | Path | Sequence[str | Path]
@@ -87,44 +88,36 @@ def quantize(
     output: str | Path,
     *,
     method: str = "auto",
-    profile: str = "ort-cpu",
+    profile: str | Profile = "ort-cpu",
     images: Images | None = None,
-    stats: str | Path | None = None,
-    progress: bool = True,
+    options: RecipeOptions | None = None,
+    **settings,
 ) -> Quantized:
-    """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs.
+    """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs, once it was run there.
 
     Args:
         model: Float ONNX file; it is not changed.
         config: The config, or its file: preprocessing, calibration images and their number.
         output: The file to write, ending in .onnx.
         method: "auto", "thorough", "all", or one range method such as "minmax" or "kl".
-        profile: Target: "ort-cpu", "per-tensor-npu", "xnnpack", or a YAML file that describes another.
+        profile: Target: "ort-cpu", "per-tensor-npu", "xnnpack", a YAML file that describes another, or a `Profile`.
         images: Calibration images instead of the config's: a folder or files.
-        stats: File (.npz) that keeps what the pass over the images saw; with a single method only.
-        progress: Whether to show progress bars.
+        options: What is rarely changed; the noise is that of the model's task unless it is named here.
+        **settings: Single fields of `RecipeOptions` instead: keep_float (names of nodes that stay in float), stats
+            (file that keeps what the pass over the images saw; with a single method only), progress and others.
 
     Returns:
-        The model, its recipe and its config.
+        The model, its recipe and its config; `model.usable` says whether its outputs are more than noise.
 
     Raises:
-        ModelError: The model cannot be quantized.
+        ModelError: The model cannot be quantized, or ONNX Runtime does not compute what the file says.
         InputError: Anything else that was given cannot be used; nothing is written then.
     """
-    settings = load_config(config)
-    files = image_files(images, settings, most=settings.calibration_num if images is None else None)
-    recipe = quantize_by(
-        method,
-        model,
-        files,
-        settings.preprocess,
-        output,
-        profile=profile,
-        noise=task_noise(model),
-        stats=stats,
-        progress=progress,
-    )
-    return Quantized(recipe.model, recipe.steps, settings, tuple(files))
+    known = load_config(config)
+    files = image_files(images, known, most=known.calibration_num if images is None else None)
+    options = with_settings(options or RecipeOptions(noise=task_noise(model)), settings)
+    recipe = quantize_by(method, model, files, known.preprocess, output, profile=profile, options=options)
+    return Quantized(recipe.model, recipe.steps, known, tuple(files))
 
 # %% ../nbs/01_front_door.ipynb #cell-15
 @dataclass(frozen=True)

@@ -1,18 +1,27 @@
 """Quantized files compute what their nodes say, in ONNX Runtime's integer kernels too, or are not written."""
 
+import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from calib_nb.analysis.compare import AgreementTask, compare_models
+from calib_nb.analysis.diagnose import Thresholds, diagnose_model, next_step
+from calib_nb.commands.quant import app as quant_app
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.similarity import decibels, sqnr
+from calib_nb.demo import demo_data
 from calib_nb.graph.build import conv, linear, network, sequential
 from calib_nb.graph.linear import rewrite
 from calib_nb.graph.model import open_graph, run
 from calib_nb.graph.simplify import simplify
+from calib_nb.npu.config import generate_config, save_config
 from calib_nb.quant.adaround import RoundingOptions, adaround
 from calib_nb.quant.equalize import clip_bounds, equalize
 from calib_nb.quant.grid import kernel_rows, weight_grid
@@ -24,6 +33,7 @@ from calib_nb.quant.target import PROFILES
 from calib_nb.quant.write import softmax_range, stored_weights, write_qdq
 
 RNG = np.random.default_rng(0)
+quantize_command = get_command(quant_app).commands["quantize"]
 FIRST = RNG.normal(0, 0.3, (16, 3, 3, 3)).astype(np.float32)
 LAST = RNG.normal(0, 0.3, (8, 16, 1, 1)).astype(np.float32)
 IMAGES = list(RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
@@ -216,13 +226,11 @@ def test_the_noise_of_the_outputs_is_measured_and_a_floor_says_what_is_unusable(
         made = quantize_by(method, small, IMAGES, scale, tmp_path / "q.onnx", progress=False).model
         pairs = [[run_file(path, x) for x in INPUTS] for path in (small, made.path)]
         assert made.usable and abs(made.output_db - float(sqnr(*map(np.stack, pairs)))) < 6
-    hopeless = around("s = Relu (c)", last_scale := 1.0)
-    hopeless.set_constant("first", FIRST * np.geomspace(1e-4, 1, 16).reshape(-1, 1, 1, 1).astype(np.float32))
-    hopeless.set_constant("last", LAST / np.geomspace(1e-4, 1, 16).reshape(1, -1, 1, 1).astype(np.float32))
-    path = hopeless.save(tmp_path / "hopeless.onnx")
-    npu = PROFILES["per-tensor-npu"]
-    made = quantize_static(path, IMAGES, scale, tmp_path / "q.onnx", profile=npu, progress=False)
-    assert last_scale and not made.usable and made.output_db < 6 and made.path.exists()
+
+
+def test_a_network_that_one_scale_cannot_hold_is_unusable_and_still_written(hopeless):
+    made = hopeless[1]
+    assert not made.usable and made.output_db < 6 and made.path.exists()
     assert decibels(1, made.noise) == pytest.approx(made.output_db)
 
 
@@ -307,3 +315,65 @@ def test_statistics_per_channel_do_not_depend_on_threads():
         return np.concatenate([stats.channels[name] for name in ("relu0", "y")])
 
     assert all(np.array_equal(sums(1), sums(threads)) for threads in (2, 3, 8, 8))
+
+
+# ------------------------------------------------------------------ verdicts of compare, diagnose and the shell
+
+
+@pytest.fixture(scope="module")
+def hopeless(tmp_path_factory):
+    """Channels of sizes from 1e-4 to 1 in one tensor, which no scale per tensor can hold, and its INT8 file."""
+    graph, sizes = around("s = Relu (c)"), np.geomspace(1e-4, 1, 16).astype(np.float32)
+    graph.set_constant("first", FIRST * sizes.reshape(-1, 1, 1, 1))
+    graph.set_constant("last", LAST / sizes.reshape(1, -1, 1, 1))
+    folder = tmp_path_factory.mktemp("hopeless")
+    path = graph.save(folder / "float.onnx")
+    return path, quantize_static(path, IMAGES, scale, folder / "int8.onnx", profile="per-tensor-npu", progress=False)
+
+
+def test_the_shell_ends_with_1_where_outputs_are_noise(tmp_path, monkeypatch):
+    data = demo_data(tmp_path / "data", progress=False)
+    monkeypatch.chdir(tmp_path)
+    save_config(generate_config("resnet-tags", data / "calibration" / "images", model=data / "tagger.onnx"), "t.json")
+    line = f"quantize --model {data / 'tagger.onnx'} --config t.json --output q.onnx --method minmax --num-samples 8"
+    monkeypatch.setattr("calib_nb.quant.quantize.FLOOR_DB", 100.0)
+    result = CliRunner().invoke(quant_app, line.split())
+    assert result.exception.exit_code == 1 and "unusable" in str(result.exception)
+    assert "--method auto" in str(result.exception) and "SQNR of the outputs" in result.output
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_compare_calls_noise_unusable_whatever_the_budget(hopeless, budget):
+    path, made = hopeless
+    task = AgreementTask(IMAGES, scale)
+    comparison = compare_models(path, {"q": made.path}, task, budget=budget, latency_runs=2, progress=False)
+    assert comparison.table.verdict.tolist() == ["reference", "unusable"] and not comparison.passed
+
+
+def test_diagnose_calls_an_output_below_10_db_critical_and_names_options_that_exist(hopeless):
+    diagnosis = diagnose_model(*(getattr(h, "path", h) for h in hopeless), IMAGES, scale, progress=False)
+    assert diagnosis.verdict == "Critical" and diagnosis.summary.startswith("Critical: ")
+    known = {option for p in quantize_command.params for option in (*p.opts, *p.secondary_opts)}
+    every = pd.Series({"grade": "Critical", "own_db": 5.0, "clipped_share": 0.1, "node": "n", "weight_sqnr_db": 9.0})
+    texts = [*diagnosis.table.next_step]
+    for cause in ("clipping", "weights", "constants", "rounding"):
+        for use, bulk, uneven, each in itertools.product((0.1, 1.0), (0.1, 1.0), (2.0, 60.0), (False, True)):
+            row = {"cause": cause, "range_use": use, "bulk_use": bulk, "uneven": uneven, "weight_per_channel": each}
+            for method in ("", "minmax", "kl", "auto: kl"):
+                texts.append(next_step(pd.concat([every, pd.Series(row)]), None, Thresholds(), method))
+    quiet = pd.Series({**every, "own_db": 30.0, "grade": "Warning"})
+    texts += [next_step(quiet, None, Thresholds(), method) for method in ("", "auto: kl")]
+    named = {word for text in texts for word in re.findall(r"--[a-z-]+", text)}
+    assert {"--keep-float", "--method", "--profile", "--images", "--num-samples"} == named <= known
+    assert all("--" in text for text in texts if text and "see " not in text)
+
+
+def test_masked_attention_is_diagnosed_by_what_its_mask_leaves_visible(tmp_path):
+    for least in (-1e4, -np.inf):
+        mask = np.where(np.arange(64) < np.arange(1, 65)[:, None], 0, least)
+        sizes = {"size": np.array([1, 16, 64]), "quarter": 0.25, "v": LAST[:, :, 0, 0].T}
+        graph = network(ATTENTION.format(masked="t = Add (s, mask)"), first=FIRST, mask=mask, **sizes)
+        path = graph.save(tmp_path / "m.onnx")
+        made = quantize_static(path, IMAGES, scale, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False)
+        table = diagnose_model(path, made.path, IMAGES, scale, progress=False).table
+        assert set(table.grade) == {"OK"} and table.sqnr_db[table.output == "t"].item() > 25

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Task', 'AgreementTask', 'run_model', 'Drop', 'paired_bootstrap', 'mcnemar', 'latency', 'verdict', 'int8_share',
-           'slices_table', 'worst_slice', 'ComparisonOptions', 'Comparison', 'compare_models', 'plot_comparison']
+           'slices_table', 'worst_slice', 'ComparisonOptions', 'Comparison', 'output_db', 'compare_models',
+           'plot_comparison']
 
 # %% ../../nbs/analysis/01_compare.ipynb #cell-2
 import time
@@ -18,12 +19,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError
-from ..core.similarity import similarity
+from ..core.similarity import decibels, similarity
 from ..data.images import decode
 from ..graph.contract import open_session
 from ..graph.model import Graph
 from ..quant.observe import network_input
-from ..quant.recipe import with_settings
+from ..quant.quantize import FLOOR_DB, with_settings
+from ..quant.sensitivity import noise_ratio
 from ..quant.write import int8_macs_share
 
 # %% ../../nbs/analysis/01_compare.ipynb #cell-8
@@ -254,7 +256,8 @@ def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, wa
         warmup: Runs in front of each block that do not count.
 
     Returns:
-        A row per model: latency_ms (median) and latency_iqr_ms, milliseconds.
+        A row per model: latency_ms (median) and latency_iqr_ms, milliseconds; the first is NaN where the second is
+            not smaller, because the machine was too busy to tell.
     """
     times = {name: [] for name in sessions}
     for first in range(0, runs, _BLOCK):
@@ -267,26 +270,31 @@ def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, wa
                 if k >= 0:
                     times[name].append(1000 * (time.perf_counter() - start))
     low, median, high = np.percentile(list(times.values()), [25, 50, 75], axis=1)
+    median = np.where(high - low < median, median, np.nan)
     return pd.DataFrame({"latency_ms": median, "latency_iqr_ms": high - low}, index=pd.Index(sessions, name="model"))
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-30
-def verdict(drop: Drop, budget: float | None) -> str:
+# %% ../../nbs/analysis/01_compare.ipynb #cell-32
+def verdict(drop: Drop, budget: float | None, output_db: float = np.inf) -> str:
     """What an interval says about a budget.
 
     Args:
         drop: The drop with its interval.
         budget: Largest acceptable drop; None where there is none.
+        output_db: Signal to noise of the outputs, dB.
 
     Returns:
-        "within budget", "over budget", "undecided" when the interval straddles the budget, or "measured" without one.
+        "unusable" for a loss beyond doubt with outputs below `FLOOR_DB`, else "within budget", "over budget",
+        "undecided" when the interval straddles the budget, or "measured" without one.
     """
+    if output_db < FLOOR_DB and drop.low > 0:
+        return "unusable"
     if budget is None:
         return "measured"
     if drop.high <= budget:
         return "within budget"
     return "over budget" if drop.low > budget else "undecided"
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-33
+# %% ../../nbs/analysis/01_compare.ipynb #cell-37
 def int8_share(path: str | Path) -> float:
     """Share of a model file's multiply-accumulates whose two factors are integers, 0 to 1; 0 for a float model."""
     import onnx
@@ -338,7 +346,7 @@ def worst_slice(
     table = slices_table(task, labels, reference, units, least=least).dropna(subset="drop")
     return (f"{table['slice'][0]}: {table['value'][0]}", float(table["drop"][0])) if len(table) else ("", float("nan"))
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-38
+# %% ../../nbs/analysis/01_compare.ipynb #cell-42
 @dataclass(frozen=True)
 class ComparisonOptions:
     """What is rarely changed in a comparison.
@@ -376,22 +384,39 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether no INT8 model is over the budget; an undecided one passes."""
-        return "over budget" not in set(self.table.verdict)
+        """Whether no INT8 model is over the budget or unusable; an undecided one passes."""
+        return not {"over budget", "unusable"} & set(self.table.verdict)
 
 
 _NO_DROP = {"drop": np.nan, "drop_low": np.nan, "drop_high": np.nan, "verdict": "reference"}
 
 
-def _row(task: Task, units: Mapping, labels: pd.DataFrame, name: str, budget, options: ComparisonOptions) -> dict:
-    """Metrics, drop and worst slice of one model."""
+def output_db(reference: Sequence[Mapping], outputs: Sequence[Mapping]) -> float:
+    """Signal to noise of a model's float outputs.
+
+    Args:
+        reference: {output: array} of the float model for each sample.
+        outputs: The same of another model.
+
+    Returns:
+        dB, -120 to 120, the mean over outputs; infinity where shapes depend on the sample or the model.
+    """
+    names = [name for name, x in reference[0].items() if np.asarray(x).dtype.kind == "f"]
+    pairs = [[[row.get(name, np.empty(0)) for name in names] for row in rows] for rows in (reference, outputs)]
+    if not names or any(np.shape(x) != np.shape(y) for two in zip(*pairs) for x, y in zip(*two)):
+        return float("inf")
+    return float(decibels(1.0, noise_ratio(*pairs)))
+
+
+def _row(task: Task, units: Mapping, labels: pd.DataFrame, name: str, known: tuple, options: ComparisonOptions) -> dict:
+    """Metrics, drop and worst slice of one model; `known` are the budget and the dB of its outputs."""
     row = {"model": name, **task.metrics(units[name])}
     if name == "float":
         worst = ("", np.nan)
         row |= _NO_DROP
     else:
         drop = paired_bootstrap(task, units["float"], units[name], resamples=options.bootstrap, seed=options.seed)
-        row |= {"drop": drop.value, "drop_low": drop.low, "drop_high": drop.high, "verdict": verdict(drop, budget)}
+        row |= {"drop": drop.value, "drop_low": drop.low, "drop_high": drop.high, "verdict": verdict(drop, *known)}
         worst = worst_slice(task, labels, units["float"], units[name])
     return row | (dict(zip(("worst_slice", "worst_slice_drop"), worst)) if len(labels.columns) else {})
 
@@ -437,12 +462,13 @@ def compare_models(
     rows = []
     for name, path in paths.items():
         size = {"int8_share": int8_share(path), "size_mb": path.stat().st_size / 1e6}
-        row = _row(task, units, labels, name, budget, options)
+        known = budget, output_db(outputs["float"], outputs[name])
+        row = _row(task, units, labels, name, known, options)
         rows.append(row | size | dict(times.loc[name]) | {"threads": options.threads})
     return Comparison(pd.DataFrame(rows), units, task.primary, budget)
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-43
-_COLORS = {"within budget": "#0072B2", "over budget": "#D55E00", "undecided": "#E69F00"}
+# %% ../../nbs/analysis/01_compare.ipynb #cell-47
+_COLORS = {"within budget": "#0072B2", "over budget": "#D55E00", "unusable": "#D55E00", "undecided": "#E69F00"}
 
 
 def plot_comparison(comparison: Comparison, ax=None):

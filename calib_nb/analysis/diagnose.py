@@ -32,7 +32,7 @@ class Thresholds:
     Args:
         warning_db: SQNR alone below which a layer is a Warning, dB; 20 is 1 % of noise.
         critical_db: SQNR alone below which it is Critical, dB; 10 is 10 % of noise.
-        together_db: SQNR below which a tensor of the whole file is bad, dB.
+        together_db: SQNR below which a tensor of the whole file is bad, and an output Critical, dB.
         uneven: Largest channel over the median one from which channels are named as a reason.
         range_use: Share of its range that a layer's values use, below which that is named.
         bulk_use: The same for the middle 99.9 % of the values.
@@ -61,14 +61,18 @@ def grades(table: pd.DataFrame, thresholds: Thresholds) -> pd.Series:
     return pd.Series(np.select(bad, GRADES[:2], GRADES[2]), table.index)
 
 # %% ../../nbs/analysis/04_diagnose.ipynb #cell-13
+def _keep(row: pd.Series) -> str:
+    """How a layer is kept in float."""
+    return f"keep it in float (--keep-float {row.get('node', 'NODE')})"
+
+
 def _for_weights(row: pd.Series, thresholds: Thresholds) -> str:
     """The next step where the weights are too coarse."""
     where = " for its smaller channels" if row.uneven >= thresholds.uneven else ""
     where = f" ({row.weight_sqnr_db:.1f} dB)" if row.weight_sqnr_db < 25 else where
-    step = "a scale per channel, or equalize"
-    return f"its weights are too coarse{where}: " + (
-        "one scale per channel already, so keep it in float" if row.weight_per_channel else step
-    )
+    step = "equalize (--method auto), or a target with a scale per channel (--profile)"
+    kept = f"one scale per channel already, so {_keep(row)}"
+    return f"its weights are too coarse{where}: {kept if row.weight_per_channel else step}"
 
 
 def next_step(row: pd.Series, upstream: pd.Series | None, thresholds: Thresholds, method: str = "") -> str:
@@ -78,32 +82,35 @@ def next_step(row: pd.Series, upstream: pd.Series | None, thresholds: Thresholds
         row: The layer's row.
         upstream: The worst row that it depends on.
         thresholds: What counts as bad.
-        method: How the ranges were chosen; "" where that is not known.
+        method: How the ranges were chosen, "auto: NAME" by a recipe; "" where that is not known.
 
     Returns:
-        A sentence; "" for a layer that is OK.
+        A sentence that names options of `calib-nb quantize`; "" for a layer that is OK.
     """
+    recipe, method = method.startswith("auto"), method.removeprefix("auto: ")
     if row.grade == "OK":
         return ""
     if row.own_db >= thresholds.warning_db:
         if upstream is None or upstream.own_db >= thresholds.warning_db:
-            return "many small errors add up: try --method auto, or a scale per channel"
+            step = "keep the noisiest nodes in float (--keep-float NODE)" if recipe else "try --method auto"
+            return f"many small errors add up: {step}, or a target with a scale per channel (--profile)"
         return f"comes from upstream: see {upstream.node} first ({upstream.own_db:.1f} dB alone)"
     if row.cause == "clipping":
-        wider = "on images like these" if method in ("", "minmax") else f"with minmax instead of {method}"
-        return f"{row.clipped_share:.2%} of its values are cut off: calibrate {wider}, or with more of them"
+        like = "on images like these (--images FOLDER)"
+        wider = like if method in ("", "minmax") else f"with minmax instead of {method} (--method minmax)"
+        return f"{row.clipped_share:.2%} of its values are cut off: calibrate {wider}, or on more (--num-samples)"
     if row.cause == "weights":
         return _for_weights(row, thresholds)
     if row.cause == "constants":
-        return "its constants, or roundings inside, are too coarse: keep it in float"
+        return f"its constants, or roundings inside, are too coarse: {_keep(row)}"
     if row.range_use < thresholds.range_use:
-        return f"the images use {row.range_use:.0%} of its range: calibrate on images like these"
+        return f"the images use {row.range_use:.0%} of its range: calibrate on images like these (--images FOLDER)"
     if row.uneven >= thresholds.uneven:
         ratio = f"its largest channel is {row.uneven:.0f} times the median one"
-        return f"{ratio}: equalize or smooth, else keep it in float"
+        return f"{ratio}: {_keep(row) if recipe else f'equalize or smooth (--method auto), else {_keep(row)}'}"
     if row.bulk_use < thresholds.bulk_use:
-        return f"99.9 % of its values use {row.bulk_use:.0%} of its range: mse, kl or percentile"
-    return "keep it in float"
+        return f"99.9 % of its values use {row.bulk_use:.0%} of its range: --method mse, kl or percentile"
+    return _keep(row)
 
 # %% ../../nbs/analysis/04_diagnose.ipynb #cell-16
 def worst_upstream(table: pd.DataFrame, reads: dict[str, Sequence[str]]) -> dict[str, int]:
@@ -156,10 +163,22 @@ class Diagnosis:
         return bad.loc[order.sort_values(["grade", "own"], kind="stable").index[:count]]
 
     @property
+    def ends(self) -> pd.DataFrame:
+        """The rows of the network's outputs."""
+        return self.table[self.table.output.isin(self.outputs)]
+
+    @property
+    def verdict(self) -> str:
+        """One of GRADES for the file as a whole: Critical by an output, Warning by a layer."""
+        if (self.ends.sqnr_db < self.thresholds.together_db).any():
+            return "Critical"
+        return "OK" if (self.table.grade == "OK").all() else "Warning"
+
+    @property
     def summary(self) -> str:
         """Two or three sentences: what became of the outputs, and how many layers are to blame."""
         t, count = self.table, self.table.grade.value_counts()
-        ends = t[t.output.isin(self.outputs)]
+        ends = self.ends
         lowest = ends.nsmallest(3, "sqnr_db").itertuples()
         text = "; ".join(f"{r.output} {r.sqnr_db:.1f} dB (cosine {r.cosine:.4f})" for r in lowest)
         text = (text or "none could be compared") + (f", the worst of {len(ends)}" if len(ends) > 3 else "")
@@ -170,7 +189,7 @@ class Diagnosis:
         blame = f"; {noisy} are noisy alone, {critical + warning - noisy} because of what they read."
         missing = f" {len(self.unmatched)} layers have no counterpart in the INT8 file." if self.unmatched else ""
         return (
-            f"{self.int8_name} against {self.float_name} on {self.images} images. Outputs: {text}. "
+            f"{self.verdict}: {self.int8_name} against {self.float_name} on {self.images} images. Outputs: {text}. "
             f"{len(t)} layers, {int(t.int8.sum())} in INT8: {critical} Critical, {warning} Warning"
             f"{blame if critical + warning else '.'}{missing}"
         )
@@ -225,7 +244,7 @@ def diagnose_model(
     _refuse_other_weights(table, float_model, int8_model)
     table["own_db"] = table[["sqnr_alone_db", "channel_sqnr_db"]].min(axis=1)
     table["grade"] = grades(table, thresholds)
-    method = read_history(int8_model).get("method", "").removeprefix("auto: ")
+    method = read_history(int8_model).get("method", "")
     upstream = worst_upstream(table, {u.tensor: u.reads for u in matched.units})
     before = [table.loc[upstream[output]] if output in upstream else None for output in table.output]
     rows = [row for _, row in table.iterrows()]

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .match import QDQ, MatchedModels, MatchedQuantizer, Unit, roots
 from ..core.similarity import decibels, sqnr
 from ..graph.model import Graph, open_graph
+from ..quant.bias_clip import only_reader
 
 # %% ../../nbs/analysis/03_layer_noise.ipynb #cell-8
 def separate_units(matched: MatchedModels) -> Graph:
@@ -248,13 +249,15 @@ class _Codes:
 class _Row:
     """What is added up about one unit."""
 
-    def __init__(self, unit: Unit, factors: dict[str, np.ndarray]):
-        self.unit, self.factor = unit, factors.get(unit.tensor)
+    def __init__(self, unit: Unit, factors: dict[str, np.ndarray], masked: bool = False):
+        self.unit, self.factor, self.masked = unit, factors.get(unit.tensor), masked
         self.together, self.alone = LayerNoise(), LayerNoise()
         self.codes = _Codes(unit.quantizer) if unit.quantizer else None
         self.axis, self.uneven, self.raw = None, 1.0, 0.0  # raw: noise alone, in the INT8 file's unit
 
     def add(self, x: np.ndarray, together: np.ndarray, alone: np.ndarray) -> None:
+        if self.masked:
+            x, together, alone = (np.maximum(v, self.floor(x)) for v in (x, together, alone))
         scaled = x if self.factor is None else x * self.factor
         self.axis = channel_axis(scaled) if self.axis is None else self.axis
         self.uneven = max(self.uneven, uneven(by_channel(scaled, self.axis)))
@@ -263,6 +266,12 @@ class _Row:
         self.raw += float(np.square(alone - scaled).sum())
         for noise, y in ((self.together, together), (self.alone, alone)):
             noise.add(by_channel(x, self.axis), by_channel(y if self.factor is None else y / self.factor, self.axis))
+
+    def floor(self, x: np.ndarray) -> np.float32:
+        """The least value that counts of a tensor that holds a mask."""
+        if self.codes:
+            return np.float32(self.codes.q.value(np.float32(self.codes.q.lowest)))
+        return x[x > -1e30].min(initial=0)
 
     def weight_db(self, matched: MatchedModels) -> float:
         """SQNR of the weights; NaN where they cannot be compared."""
@@ -326,7 +335,10 @@ def measure_layers(
         over median channel), rescaled (compared without factors), cause (clipping, rounding, weights or constants).
     """
     units = [u for u in matched.units if u.computes]
-    rows, alone = {u.tensor: _Row(u, matched.factors) for u in units}, separate_units(matched)
+    masks = {"Softmax", "MaxPool"}  # what a mask hides from these does not count
+    readers = {u.tensor: only_reader(matched.float_graph, u.tensor) for u in units}
+    masked = {name for name, n in readers.items() if n is not None and n.op_type in masks}
+    rows, alone = {u.tensor: _Row(u, matched.factors, u.tensor in masked) for u in units}, separate_units(matched)
     parts = list(_portions(matched.float_graph, list(rows), 3))
     with tqdm(total=len(parts) * len(inputs), desc="diagnose", unit="run", disable=not progress) as bar:
         for part in parts:

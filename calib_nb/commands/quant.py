@@ -51,16 +51,39 @@ def quantize(
         Path | None,
         typer.Option(help="File (.npz) that keeps the pass over the images: the next method needs none."),
     ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(help="Node that stays in float, named as in the file or by diagnose; repeat as needed."),
+    ] = None,
+    avx2_safe: Annotated[
+        bool | None,
+        typer.Option(
+            "--avx2-safe/--no-avx2-safe",
+            help="Hold weights back for x86 processors with AVX2 and without VNNI, at some accuracy "
+            "(default: as the target says; of the shipped ones ort-cpu does).",
+        ),
+    ] = None,
 ):
-    """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs."""
+    """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs.
+
+    Before it is written the network runs on some of the images, with ONNX Runtime's optimizer and without. Outputs
+    below 6 dB, of which a quarter is noise, are unusable: exit code 1.
+    """
+    from dataclasses import replace
+
     from calib_nb import api
+    from calib_nb.core.errors import CheckFailed
     from calib_nb.npu.config import load_config
     from calib_nb.npu.vendor_hints import retries
+    from calib_nb.quant.quantize import FLOOR_DB
+    from calib_nb.quant.target import profile as find_profile
     from calib_nb.report import text_table
 
     settings = load_config(config)
     files = api.image_files(images, settings, most=num_samples or settings.calibration_num)
-    int8 = api.quantize(model, settings, output, method=method, profile=profile, images=files, stats=stats)
+    target = profile if avx2_safe is None else replace(find_profile(profile), avx2_safe=avx2_safe)
+    rare = {"stats": stats, "keep_float": tuple(keep_float or ())}
+    int8 = api.quantize(model, settings, output, method=method, profile=target, images=files, **rare)
     if len(int8.steps):
         typer.echo(text_table(int8.steps.replace({"kept": {True: "yes", False: ""}})))
         hints = "\n".join(f"  {hint.why}\n    {hint.change}" for hint in retries(int8.steps, model, config))
@@ -70,10 +93,17 @@ def quantize(
     typer.echo(
         f"{written.int8_share:.1%} of multiply-accumulates in INT8{nodes}\n"
         f"{written.float_size_mb:.3f} MB to {written.size_mb:.3f} MB; "
-        f"ranges from {written.images} images ({written.method}, {written.profile})\nmodel: {written.path}"
+        f"ranges from {written.images} images ({written.method}, {written.profile})\n"
+        f"SQNR of the outputs on some of them: {written.output_db:.1f} dB\nmodel: {written.path}"
     )
+    if not written.usable:
+        step = "see which layers: calib-nb diagnose" if method in ("auto", "thorough") else "try --method auto"
+        what = f"unusable: the outputs of {written.path.name} have {written.output_db:.1f} dB"
+        raise CheckFailed(
+            what, expected=f"at least {FLOOR_DB:g} dB", fix=f"{step}, or keep nodes in float (--keep-float)"
+        )
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-10
+# %% ../../nbs/commands/03_quant.ipynb #cell-11
 @app.command(epilog="Example: calib-nb stability --stats yunet_stats.npz --output stability.png")
 def stability(
     stats: Annotated[Path, typer.Option(help="File that calib-nb quantize --stats wrote.")],
@@ -96,7 +126,7 @@ def stability(
     if output:
         typer.echo(f"figure: {save_figure(plot_stability(table, tolerance=tolerance), output)}")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-13
+# %% ../../nbs/commands/03_quant.ipynb #cell-14
 def _task_names(incomplete: str) -> list[str]:
     """Names of tasks that begin so, for the shell's completion."""
     from calib_nb.analysis.tasks import task_kinds
@@ -124,7 +154,8 @@ def compare(
     coco: Annotated[Path | None, typer.Option(help="COCO JSON: short for --labels FILE --task tags.")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Unlabelled images to score at most.")] = 200,
     budget: Annotated[
-        float | None, typer.Option(min=0, help="Largest acceptable drop; exit code 1 when it is exceeded.")
+        float | None,
+        typer.Option(min=0, help="Largest acceptable drop; exit code 1 when it is exceeded, or outputs are unusable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of images, and of the interval.")] = 42,
     threads: Annotated[int, typer.Option(min=1, help="Threads for each model.")] = 2,
@@ -134,6 +165,7 @@ def compare(
     from calib_nb import api
     from calib_nb.core.errors import CheckFailed, InputError
     from calib_nb.core.run import atomic_file
+    from calib_nb.quant.quantize import FLOOR_DB
     from calib_nb.report import text_table
 
     if coco and labels:
@@ -149,15 +181,23 @@ def compare(
         options=api.CompareOptions(num_samples=num_samples, seed=seed, threads=threads),
     )
     count = len(comparison.units["float"])
-    typer.echo(f"{count} scored; drop of {comparison.primary}, 95 % interval\n{text_table(comparison.table)}")
+    shown = comparison.table.copy()
+    if shown.latency_ms.isna().any():
+        shown["latency_ms"] = [
+            "not measurable here" if ms != ms else ms if ms is None else f"{ms:.3g}" for ms in shown.latency_ms
+        ]
+    typer.echo(f"{count} scored; drop of {comparison.primary}, 95 % interval\n{text_table(shown)}")
     if output:
         with atomic_file(output) as f:
             comparison.table.to_csv(f, index=False)
         typer.echo(f"table: {output}")
+    if bad := list(comparison.table.loc[comparison.table.verdict == "unusable", "model"]):
+        fix = "which layers: calib-nb diagnose"
+        raise CheckFailed(f"unusable: the outputs of {', '.join(bad)} are below {FLOOR_DB:g} dB", fix=fix)
     if over := list(comparison.table.loc[comparison.table.verdict == "over budget", "model"]):
         raise CheckFailed(f"over the budget of {budget:g}: {', '.join(over)}", fix="which layers: calib-nb diagnose")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-18
+# %% ../../nbs/commands/03_quant.ipynb #cell-19
 @app.command(
     epilog="Example: calib-nb diagnose --float yunet.onnx --int8 yunet_int8.onnx --config yunet.json --images others "
     "--output diagnosis"
@@ -178,7 +218,8 @@ def diagnose(
     """Which layers of an INT8 model hurt, why, and what to do next.
 
     Each layer is measured alone (fed with what the float model computes) and together with all before it, as SQNR in
-    dB: 30 to 45 alone is healthy, below 20 a Warning, below 10 Critical.
+    dB: 30 to 45 alone is healthy, below 20 a Warning, below 10 Critical. The file is Critical where an output is below
+    10. What it advises are options of calib-nb quantize.
     """
     from calib_nb import api
     from calib_nb.analysis.diagnose import diagnosis_page, plot_diagnosis
