@@ -54,6 +54,7 @@ def prepare(
 ):
     """Choose calibration images by quality: the images, lists, a JSON of all scores, and a card with pictures."""
     from calib_nb.data import dataset
+    from calib_nb.data.images import name_counts
 
     options = {"link": link, "dedupe": dedupe, "against": against, "strict": strict}
     options["quality_threshold"] = quality_threshold
@@ -70,8 +71,10 @@ def prepare(
         typer.echo(f"note: {warning}", err=True)
     unusable = int((chosen.pool["error"] != "").sum())
     quality, pool = chosen.images.quality.mean(), chosen.pool.quality.mean()
+    others = name_counts(chosen.passed_over)
+    others = f"; passed over, convert them first: {others}" if others else ""
     typer.echo(
-        f"{len(chosen.images)} of {len(chosen.pool):,} images chosen ({unusable} cannot be used), "
+        f"{len(chosen.images)} of {len(chosen.pool):,} images chosen ({unusable} cannot be used{others}), "
         f"mean quality {quality:.1f}; pool {pool:.1f}\nset: {chosen.path}\ncard: {chosen.path / 'README.md'}"
     )
 

@@ -20,7 +20,7 @@ import pandas as pd
 from ..core.errors import InputError, require_known
 from ..core.run import atomic_folder
 from .duplicates import group_near, hash_images, leaks
-from .images import EXTENSIONS, find_images
+from .images import EXTENSIONS, find_images, passed_over
 from .sample import DEFAULT_THRESHOLD, Selection, check_strategy, select_images, strategy_options
 from .score import ScoreConfig, score_folder
 from calib_nb.data.set_files import (
@@ -135,17 +135,16 @@ def building(output: Path, link: str) -> Iterator[Path]:
         raise InputError(what, fix=fixes.get(e.errno, "")) from e
 
 # %% ../../nbs/data/10_dataset.ipynb #cell-21
-_LEADS_OUT = (
-    "its images are links out of the folder, which config and verify do not follow; hardlink or copy serves them"
-)
+_LINKS_NOTE = "its images are links: they are read here as long as the source folder stays; a copy can be moved"
 
 
 def _fill(partial: Path, output: Path, selection: Selection, pool: pd.DataFrame, parameters: dict) -> PreparedSet:
     names = set_names(list(selection.rows["path"]))
     images = selection.rows.astype({"width": int, "height": int})
     images.insert(0, "name", images["path"].map(names))
-    warnings = selection.warnings + ((_LEADS_OUT,) if parameters["link"] == "symlink" else ())
-    prepared = PreparedSet(output, images, pool, selection.plan, warnings, parameters)
+    warnings = selection.warnings + ((_LINKS_NOTE,) if parameters["link"] == "symlink" else ())
+    others = passed_over(parameters["source_dir"], parameters.get("extensions", EXTENSIONS))
+    prepared = PreparedSet(output, images, pool, selection.plan, warnings, parameters, others)
     for path, name in names.items():
         place(Path(parameters["source_dir"], path), partial / name, parameters["link"])
     for write in (write_lists, write_analysis, write_card):

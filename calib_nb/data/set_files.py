@@ -13,8 +13,8 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -76,6 +76,7 @@ class PreparedSet:
         plan: How they were chosen, see `Selection`.
         warnings: What was not as wanted, see `Selection`.
         parameters: What they were chosen with, `source_dir` among them.
+        passed_over: Number of pictures and videos of other kinds in the source folder, by ending.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class PreparedSet:
     plan: pd.DataFrame
     warnings: tuple[str, ...]
     parameters: dict
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 # %% ../../nbs/data/09_set_files.ipynb #cell-17
 def table_records(table: pd.DataFrame) -> list[dict] | dict[str, dict]:
@@ -148,6 +150,7 @@ def write_analysis(folder: Path, prepared: PreparedSet) -> None:
         "warnings": list(prepared.warnings),
         "images": table_records(prepared.images.drop(columns="error", errors="ignore").round(4)),
         "left_out": table_records(errors[["path", "error"]]),
+        "passed_over": dict(prepared.passed_over),
     }
     write_json(folder / "calibration_analysis.json", analysis)
 
@@ -197,7 +200,8 @@ def card_text(prepared: PreparedSet) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
     counts = f"{len(prepared.images):,} images, chosen from {len(prepared.pool):,}"
     errors = prepared.pool.loc[prepared.pool["error"] != "", "error"].value_counts()
-    left_out = "\n".join(f"- {count:,} x {reason}" for reason, count in sorted(errors.items()))
+    reasons = [*sorted(errors.items()), *((f"{e}, to be converted first", n) for e, n in prepared.passed_over.items())]
+    left_out = "\n".join(f"- {count:,} x {reason}" for reason, count in reasons)
     parts = [
         "# Calibration set",
         f"{counts} under `{prepared.parameters['source_dir']}` ({settings}).\nScores go from 0 to 100; "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,8 +27,8 @@ from pydantic import (
 
 from ..core.errors import ConfigError, InputError, require_known
 from ..core.run import contained, read_json, write_json
-from ..data.images import find_images
-from ..data.operations import Operation, explain
+from ..data.images import EXTENSIONS, find_images
+from ..data.operations import MOST_MEGAPIXELS, Operation, Resize, explain
 from ..data.preprocess import PRESETS, Preprocess, parse, preset
 from ..graph.contract import read_contract, single_input
 from ..graph.fixed import require_runs
@@ -35,7 +36,8 @@ from ..graph.fixed import require_runs
 # %% ../../nbs/npu/01_config.ipynb #cell-9
 CALIBRATION_METHODS = ("ema", "minmax", "iqr", "kl", "percentile")
 TARGETS = {"npu": CALIBRATION_METHODS, "dx-com": ("ema", "minmax", "iqr")}
-COMPILER_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "JPG", "JPEG", "PNG")
+COMPILER_EXTENSIONS = tuple(e.lstrip(".") for e in EXTENSIONS)  # all that a set can hold
+COMPILER_EXTENSIONS += tuple(e.upper() for e in COMPILER_EXTENSIONS)  # they are compared exactly
 
 
 class _Checked(BaseModel):
@@ -50,6 +52,14 @@ def _step(entry: object) -> Operation:
         fault = ValueError(f"{e.what}; expected {e.expected}" if e.expected else e.what)
         fault.fix = e.fix
         raise fault from e
+
+
+def _bounded_work(steps: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """The steps of a list, unless their resizes together take minutes."""
+    pixels = sum(step.pixels for step in steps if isinstance(step, Resize))
+    if pixels > 4 * MOST_MEGAPIXELS * 1e6:
+        raise ValueError(f"its resizes make {pixels / 1e6:,.0f} megapixels; at most {4 * MOST_MEGAPIXELS} in all")
+    return steps
 
 
 Side = Annotated[int, Field(ge=1, le=16384)]
@@ -70,8 +80,8 @@ class Loader(_Checked):
     """
 
     dataset_path: Text
-    file_extensions: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-    preprocessings: Annotated[tuple[ConfigStep, ...], Field(strict=False, max_length=64)]
+    file_extensions: Annotated[tuple[Text, ...], Field(strict=False, min_length=1, max_length=64)]
+    preprocessings: Annotated[tuple[ConfigStep, ...], Field(strict=False, max_length=64), AfterValidator(_bounded_work)]
 
 # %% ../../nbs/npu/01_config.ipynb #cell-14
 class Alpha(_Checked):
@@ -218,7 +228,9 @@ class CompilerConfig(_Checked):
     Source: DX-COM manual, "JSON File Configuration".
     """
 
-    inputs: Annotated[dict[Text, Annotated[tuple[Side, Side, Side, Side], Field(strict=False)]], Field(min_length=1)]
+    inputs: Annotated[
+        dict[Text, Annotated[tuple[Side, Side, Side, Side], Field(strict=False)]], Field(min_length=1, max_length=64)
+    ]
     calibration_method: Literal[CALIBRATION_METHODS]
     calibration_num: Annotated[int, Field(ge=1, le=10_000_000)]
     default_loader: Loader
@@ -355,6 +367,9 @@ def config_images(
     except InputError as e:
         raise ConfigError(e.what, fix=e.fix or "correct file_extensions") from e
     exact = [folder / name for name in names if name.rsplit(".", 1)[-1] in extensions]
+    if data_root is not None:  # the links of a set may lead elsewhere
+        inside = Path(data_root).resolve()
+        exact = [path for path in exact if not path.is_symlink() or path.resolve().is_relative_to(inside)]
     if not exact:
         dotted = any(e.startswith(".") for e in extensions)
         hint = f"write them as the files do, such as '{names[0].rsplit('.', 1)[-1]}'"

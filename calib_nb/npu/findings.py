@@ -7,13 +7,15 @@ __all__ = ['Finding', 'findings_table', 'refuse_errors', 'as_finding', 'recognis
            'check_target']
 
 # %% ../../nbs/npu/02_findings.ipynb #cell-2
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import CalibError, CheckFailed, ConfigError, ModelError
+from ..core.errors import CalibError, CheckFailed, ConfigError, ModelError, shorten
+from ..data.images import find_images, name_counts
 from ..graph.contract import ModelContract, single_input
 from .config import TARGETS, CompilerConfig, check_method, config_images, dataset_folder
 
@@ -108,7 +110,7 @@ def check_inputs(inputs: dict[str, tuple[int, ...]], contract: ModelContract | N
     Source: DX-COM manual.
     """
     if len(inputs) != 1:
-        what = f"it names {len(inputs)} inputs: {', '.join(inputs)}; expected one"
+        what = f"it names {len(inputs)} inputs: {shorten(', '.join(inputs), 120)}; expected one"
         yield Finding("error", "inputs", what, "keep the one that takes the image")
     for name, shape in inputs.items():
         if shape[0] != 1:
@@ -172,11 +174,21 @@ def check_images(
     except ConfigError as e:
         yield as_finding(e, "default_loader.file_extensions")
         return
+    yield from _not_read(folder, loader.file_extensions)
     if count < config.calibration_num:
         what = f"calibration_num is {config.calibration_num}, and '{loader.dataset_path}' holds {count} matching images"
         yield Finding("error", "calibration_num", what, f"write {count}, or add images")
 
-# %% ../../nbs/npu/02_findings.ipynb #cell-24
+
+def _not_read(folder: Path, extensions: Sequence[str]) -> Iterator[Finding]:
+    """A warning where images lie in `folder` that the compiler passes over because of their ending."""
+    endings = Counter(name.rsplit(".", 1)[-1] for name in find_images(folder))
+    if unlisted := {ending: count for ending, count in sorted(endings.items()) if ending not in extensions}:
+        what = f"the compiler passes over {name_counts(unlisted)} of the folder's images"
+        fix = f"add {', '.join(repr(ending) for ending in unlisted)}, or remove these images"
+        yield Finding("warning", "default_loader.file_extensions", what, fix)
+
+# %% ../../nbs/npu/02_findings.ipynb #cell-26
 def check_target(method: str, target: str) -> Iterator[Finding]:
     """Findings on the calibration method.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.errors import ConfigError, ModelError, require_known, suggest
-from ..data.operations import Arithmetic, ConvertColor, Normalize, explain
+from ..core.errors import ConfigError, ModelError, require_known, shorten, suggest
+from ..data.operations import MOST_UNKNOWN, Arithmetic, ConvertColor, Normalize, explain
 from ..data.preprocess import PRESETS, Preprocess
 from ..graph.contract import ModelContract, read_contract
 from .config import TARGETS, CompilerConfig, Loader, QMaster, read_config_json
@@ -285,10 +285,19 @@ def validate(
         findings += check_images(_images_only(parts), base, data_root)
     if "preprocessings" in parts:
         findings += _check_chain(Preprocess(parts["preprocessings"]), inputs, contract)
-    extra = parts["qmaster"].model_extra if parts.get("qmaster") else ()
-    what = "'{}' is not in the manual that this was written from"
-    fixes = {key: suggest(key, QMaster.model_fields) or "keep it if your compiler knows it" for key in extra}
-    return findings + [Finding("warning", f"qmaster.{key}", what.format(key), fix) for key, fix in fixes.items()]
+    return findings + list(_unknown_in_qmaster(parts.get("qmaster")))
+
+
+def _unknown_in_qmaster(qmaster: QMaster | None) -> Iterator[Finding]:
+    """A warning for each of the first unknown keys, and one that counts the others."""
+    extra = list(qmaster.model_extra) if qmaster else []
+    for key in extra[:MOST_UNKNOWN]:
+        what = f"'{shorten(key)}' is not in the manual that this was written from"
+        fix = suggest(key, QMaster.model_fields) or "keep it if your compiler knows it"
+        yield Finding("warning", f"qmaster.{shorten(key)}", what, fix)
+    if (more := len(extra) - MOST_UNKNOWN) > 0:
+        what = f"{more:,} more keys are not in the manual that this was written from"
+        yield Finding("warning", "qmaster", what, "keep them if your compiler knows them")
 
 
 def _images_only(parts: dict) -> CompilerConfig:
