@@ -80,7 +80,11 @@ class Engine(
         repeat(runs) { guarded { net.run(input) } }
     }
 
-    private fun tryLoad(photo: Photo): Pixels? = try { photo.load() } catch (e: Refusal) { null }
+    private fun tryLoad(photo: Photo): Pixels? = try {
+        guarded { photo.load() }
+    } catch (e: Refusal) {
+        if (e.fault == Fault.PHOTO_UNREADABLE) null else throw e
+    }
 
     private fun one(photo: Photo, plan: Plan, at: Double, unreadable: MutableList<String>): PhotoResult? {
         val begin = clock()
