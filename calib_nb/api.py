@@ -100,7 +100,8 @@ def quantize(
         config: The config, or its file: preprocessing, calibration images and their number.
         output: The file to write, ending in .onnx.
         method: "auto", "thorough", "all", or one range method such as "minmax" or "kl".
-        profile: Target: "ort-cpu", "per-tensor-npu", "xnnpack", a YAML file that describes another, or a `Profile`.
+        profile: Target: "ort-cpu", "per-tensor-npu", "int8-only", "xnnpack", a YAML file that describes another, or a
+            `Profile`.
         images: Calibration images instead of the config's: a folder or files.
         options: What is rarely changed; the noise is that of the model's task unless it is named here.
         **settings: Single fields of `RecipeOptions` instead: keep_float (names of nodes that stay in float), stats

@@ -377,3 +377,10 @@ def test_masked_attention_is_diagnosed_by_what_its_mask_leaves_visible(tmp_path)
         made = quantize_static(path, IMAGES, scale, tmp_path / "q.onnx", profile="per-tensor-npu", progress=False)
         table = diagnose_model(path, made.path, IMAGES, scale, progress=False).table
         assert set(table.grade) == {"OK"} and table.sqnr_db[table.output == "t"].item() > 25
+
+
+def test_a_target_without_float_keeps_nothing_in_float(tmp_path, small):
+    assert [(p.float_nodes, p.float_macs) for p in PROFILES.values() if p.name == "int8-only"] == [(0, 0)]
+    recipe = quantize_by("auto", small, IMAGES, scale, tmp_path / "q.onnx", profile="int8-only", progress=False)
+    assert recipe.model.int8_share == 1 and recipe.model.float_nodes == ()
+    assert "float_nodes" not in set(recipe.steps.step)

@@ -34,7 +34,8 @@ def quantize(
     profile: Annotated[
         str,
         typer.Option(
-            help="Target: ort-cpu, per-tensor-npu, xnnpack, or a YAML file that describes another.",
+            help="Target: ort-cpu, per-tensor-npu, int8-only (keeps nothing in float), xnnpack, or a YAML file that "
+            "describes another.",
             autocompletion=words_of("quant.target", "PROFILES"),
         ),
     ] = "ort-cpu",

@@ -28,7 +28,7 @@ from ..graph.simplify import simplify
 from .bias_clip import bound_ranges, mask_ranges
 from .observe import ObserveOptions, array_digest, network_input, observe
 from .ranges import RANGE_METHODS, ranges
-from .sensitivity import NoiseMeasure, noise_ratio, noise_shares, outputs_of
+from .sensitivity import NoiseMeasure, measured_outputs, noise_ratio, noise_shares, outputs_of
 from .stats import ActivationStats
 from .target import Profile
 from .target import profile as find_profile
@@ -342,8 +342,8 @@ def check_runs(graph: Graph, trial: Trial) -> float:
     for optimize in (False, True):
         try:
             session = open_graph(graph, threads=1, optimize=optimize)
-            names = [o.name for o in session.get_outputs() if o.type == "tensor(float)" and graph.is_float(o.name)]
-            answers.append([session.run(names, {session.get_inputs()[0].name: x}) for x in trial.inputs])
+            names = measured_outputs(graph)
+            answers.append([session.run(names, {session.get_inputs()[0].name: x})[: len(names)] for x in trial.inputs])
         except Exception as e:  # ONNX Runtime's own exceptions share no other base
             node = _refused_node(graph, trial.inputs[0], optimize)
             what = f"ONNX Runtime cannot run node '{node.name}' ({node.op_type}) of the INT8 network"

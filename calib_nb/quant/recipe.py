@@ -234,6 +234,8 @@ def _rounded(search: _Search, plan: Plan) -> Plan:
 def _node_lists(search: _Search, plan: Plan) -> dict[tuple[str, ...], str]:
     """Lists of nodes to try in float, with what the table of steps says about each."""
     target, lists = search.target, {}
+    if target.float_nodes == 0:
+        return lists
     table = sensitivity(
         plan.graph,
         plan.ranges(),

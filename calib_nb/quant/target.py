@@ -100,7 +100,18 @@ PROFILES = {
             toolchain_repairs=("cross-layer equalization", "bias correction", "activation clipping"),
             float_nodes=0.1,
             float_macs=1.0,
-            about="An edge NPU with per-tensor INT8 only; a black-box compiler repairs the weights by itself.",
+            about="An edge NPU with a scale per tensor; a black-box compiler repairs the weights by itself, and a "
+            "recipe may keep a tenth of the nodes in float, whatever their work.",
+        ),
+        Profile(
+            "int8-only",
+            weight_per_channel=False,
+            weight_symmetric=True,
+            activation_signed=False,
+            activation_symmetric=False,
+            float_nodes=0.0,
+            float_macs=0.0,
+            about="As per-tensor-npu, for a device that has no float: a recipe keeps no node in float.",
         ),
         Profile(
             "ort-cpu",
