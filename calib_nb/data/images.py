@@ -7,6 +7,7 @@ __all__ = ['EXTENSIONS', 'OTHER_PICTURES', 'MOST_SCANS', 'LONGEST_SIDE', 'find_i
            'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'encode_png', 'contact_sheet']
 
 # %% ../../nbs/data/01_images.ipynb #cell-2
+import contextlib
 import io
 import logging
 import os
@@ -227,7 +228,7 @@ def probe(path: str | Path) -> ImageInfo:
     Source: Pillow; EXIF 2.32, tag 0x0112.
     """
     data = read_image_bytes(path)
-    with _open_pillow(path, data) as image:
+    with _opened(path, data) as image:
         orientation, size = _orientation(image), image.size
         if orientation >= 5 and image.format != "TIFF":  # Pillow has turned a TIFF's size already
             size = size[::-1]
@@ -245,6 +246,18 @@ def _bit_depth(image, data: bytes) -> int:
 def _orientation(image) -> int:
     value = image.getexif().get(0x0112, 1)
     return value if value in range(1, 9) else 1
+
+
+@contextlib.contextmanager
+def _opened(path, data: bytes) -> Iterator:
+    """Pillow's image; what it raises, now or in the block, is an `ImageError`."""
+    with _open_pillow(path, data) as image:
+        try:
+            yield image
+        except (ImageError, MemoryError):
+            raise
+        except Exception as e:  # Pillow reads some parts of a file only when they are asked for
+            raise _damaged(path, data, str(e)) from e
 
 
 def _open_pillow(path, data: bytes):
@@ -350,7 +363,7 @@ def _decode_jpeg(path, data: bytes, max_megapixels: float) -> np.ndarray:
     if space in ("CMYK", "YCCK"):
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if data.find(b"Exif\0\0", 0, 65536) >= 0:
-        with _open_pillow(path, data) as header:
+        with _opened(path, data) as header:
             return _upright(image, _orientation(header))
     return image
 
@@ -400,7 +413,7 @@ def _check_png(path, data: bytes, max_megapixels: float) -> None:
 def _decode_other(path, data: bytes, max_megapixels: float) -> np.ndarray:
     from PIL import ImageOps
 
-    with _open_pillow(path, data) as header:
+    with _opened(path, data) as header:
         _check_size(path, *header.size, max_megapixels)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         if image is not None and header.format != "JPEG":
@@ -411,10 +424,8 @@ def _decode_other(path, data: bytes, max_megapixels: float) -> np.ndarray:
             low, high = header.getextrema()
             if not 0 <= low <= high <= 255 or high <= 1:  # neither 0..255 nor anything that says what white is
                 raise _unsupported(path, f"its values, {low:g} to {high:g}, are not those of an image of 8 bits")
-        try:  # also the check of a rare JPEG: Pillow refuses what was cut short
-            pixels = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
-        except Exception as e:
-            raise _damaged(path, data, str(e)) from e
+        # also the check of a rare JPEG: Pillow refuses what was cut short
+        pixels = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
         return image if image is not None else np.ascontiguousarray(pixels[..., ::-1])
 
 
