@@ -32,7 +32,7 @@ def tensor_of(image):
 
 def plain_model():
     """Two convolutions, each with a ReLU."""
-    text = "c = Conv (x, w); a = Relu (c); d = Conv (a, k); y = Relu (d)"
+    text = "c = Conv <dilations = [1, 1]> (x, w); a = Relu (c); d = Conv <strides = [1, 1]> (a, k); y = Relu (d)"
     return network(text, w=drawn(8, 3, 3, 3), k=drawn(4, 8, 1, 1)).model
 
 
@@ -131,10 +131,15 @@ def _opset(version):
     return change
 
 
+def _newest_format(model):
+    model.ir_version = onnx.IR_VERSION
+
+
 ODD = [
     *(_named_as_outputs, _named_alike, _named_as_a_weight, _reversed, _reversed_and_named_as_outputs, _with_functions),
     *(_sparse, _constant_as_output, _image_as_output, _other_domain_name, _weights_as_inputs),
     *map(_opset, (7, 8, 24, 25, 28)),
+    _newest_format,
 ]
 
 
@@ -285,6 +290,23 @@ def test_shapes_that_depend_on_the_image_stay_open(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "tail",
+    ["y = ArgMax <axis = 1> (c)", "r = Relu (c); y = NonZero (r)", "y = Cast <to = 8> (c)"],
+    ids=["classes", "places", "texts"],
+)
+def test_a_network_whose_outputs_are_no_floats_is_quantized(tmp_path, tail):
+    from calib_nb.quant.recipe import auto
+
+    model = network(f"c = Conv (x, w); {tail}", w=drawn(4, 3, 3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        recipe = auto(write(tmp_path, model), IMAGES, tensor_of, tmp_path / "q.onnx", steps=("clip",), progress=False)
+    assert recipe.model.int8_share == 1
+    kind = onnx.load(recipe.model.path).graph.output[0].type.tensor_type.elem_type
+    assert kind == (TensorProto.STRING if "Cast" in tail else TensorProto.INT64)
+
+
+@pytest.mark.parametrize(
     "text, constants",
     [
         ("c = Conv (x, w); s = SequenceConstruct (c, c); y = ConcatFromSequence <axis = 1> (s)", {}),
@@ -312,6 +334,15 @@ def test_unusual_tensors_pass(tmp_path, text, constants):
         assert np.allclose(run(rewrite(simplify(load_graph(path))), image)["y"], wanted, atol=1e-5)
         for profile in ("ort-cpu", "per-tensor-npu"):
             assert np.abs(quantized(path, profile)["y"] - wanted).max() <= 0.1 * np.abs(wanted).max() + 1e-6
+
+
+def test_a_dropout_in_training_is_not_taken_for_none(tmp_path):
+    text = "c = Conv (x, w); y = Dropout <seed = 1> (c, ratio, training)"
+    constants = dict(w=drawn(4, 3, 1, 1), ratio=np.float32(0.5))
+    kept = network(text, training=np.array(True), **constants)
+    dropped = network(text, training=np.array(False), **constants)
+    assert [n.op_type for n in simplify(load_graph(write(tmp_path, kept))).nodes] == ["Conv", "Dropout"]
+    assert [n.op_type for n in simplify(load_graph(write(tmp_path, dropped))).nodes] == ["Conv"]
 
 
 def test_a_division_by_zero_is_no_warning(tmp_path):

@@ -466,7 +466,13 @@ def run(
 
     Returns:
         The arrays by name.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the model, or ends in the middle of it.
     """
     session = open_graph(graph, tensors, threads=threads)
     names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, {i.name: image for i in session.get_inputs()})))
+    try:
+        return dict(zip(names, session.run(names, {i.name: image for i in session.get_inputs()})))
+    except Exception as e:  # ONNX Runtime's own exceptions share no other base
+        raise ModelError(f"the model does not run: {str(e).splitlines()[0][:200]}", fix="export it again") from e

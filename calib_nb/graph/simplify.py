@@ -21,6 +21,12 @@ _PASS_ON = {"Identity", "Dropout", "Cast", "Reshape", "Flatten", "Squeeze", "Uns
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
+def _is_false(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a constant that holds false."""
+    value = graph.constant(name)
+    return value is not None and not value.any()
+
+
 def _passes_on(graph: Graph, node) -> bool:
     """Whether a node passes on its first input unchanged, and can go."""
     x, y = node.input[0] if node.input else "", node.output[0]
@@ -33,6 +39,8 @@ def _passes_on(graph: Graph, node) -> bool:
     # The model's output must keep its name.
     if y in graph.outputs and (graph.producer(x) is None or x in graph.outputs):
         return False
+    if node.op_type == "Dropout" and any(name and not _is_false(graph, name) for name in node.input[2:]):
+        return False  # in training it draws
     if node.op_type == "Cast":
         return graph.is_float(x) and graph.is_float(y)
     shape = graph.shape(x)
