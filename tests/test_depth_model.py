@@ -590,12 +590,11 @@ def test_frames_without_depth_do_no_harm():
     class Bare(Ramps):
         def __getitem__(self, k):
             rgb, depth = super().__getitem__(k)
-            return rgb, depth * 0
+            return rgb, depth * (k % 4 == 0)
 
-    history = train_depth(
-        DepthNet(0.125), Bare(), DepthTraining(epochs=1, batch=4, smoothness=0), validation=Bare(2), progress=False
-    )
-    assert history.loss[0] == 0 and history.abs_rel.isna().all()
+    plan = DepthTraining(epochs=1, batch=4, smoothness=0)
+    history = train_depth(DepthNet(0.125), Bare(), plan, validation=Bare(2), progress=False)
+    assert np.isfinite(history.loss[0]) and np.isfinite(history.abs_rel).all()
 
 
 def test_the_schedule_and_the_settings():

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import words_of
+from .options import DepthScale, words_of
 
 # %% ../../nbs/commands/05_depth.ipynb #cell-7
 app = typer.Typer(
@@ -41,13 +41,7 @@ def metadata(
             "newest_synthetic_depth_maps,new_depth_maps,depth_maps).",
         ),
     ] = None,
-    depth_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Numbers per metre in the depth maps, for instance 256 or 1000 (default: per file, 256 where a "
-            "number exceeds 255, else 1)."
-        ),
-    ] = None,
+    depth_scale: DepthScale = None,
     scene_thresholds: Annotated[
         tuple[float, float],
         typer.Option(metavar="M M", help="Mean depths (m) between indoor, outdoor_near and outdoor_far."),
@@ -92,9 +86,12 @@ def _show_counts(measured, rejected: Path) -> None:
 
 def _show_metadata(measured) -> None:
     """The depth in the set, by scene type and variant, and files whose scale seems to differ."""
-    from calib_nb.depth.metadata import count_by, summarize
+    from calib_nb.depth.metadata import count_by, summarize, unit_note
     from calib_nb.report import text_table
 
+    note, doubtful = unit_note(measured)
+    if doubtful:
+        typer.echo(f"note: {note}", err=True)
     if len(measured.doubtful):
         row = measured.doubtful.iloc[0]
         typer.echo(

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import words_of
+from .options import DepthScale, words_of
 
 # %% ../../nbs/commands/06_depth_model.ipynb #cell-7
 app = typer.Typer()
@@ -34,6 +34,7 @@ def train(
     val_split: Annotated[
         str, typer.Option(help="Split file to score after every epoch, relative to the root; '' for none.")
     ] = "val_split.json",
+    depth_scale: DepthScale = None,
     size: _Size = (640, 384),
     width: Annotated[float, typer.Option(help="Channels, as a share of those of a ResNet-18.")] = 1.0,
     imagenet: Annotated[
@@ -64,7 +65,7 @@ def train(
     penalty_weight: Annotated[
         float | None, typer.Option(help="Its factor (default: 1e-8 for mean, 0.02 for range).")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Not needed: the same command continues its run.")] = False,
     device: Annotated[
         str | None, typer.Option(help="torch's name of a device (default: a GPU if there is one).")
     ] = None,
@@ -100,9 +101,9 @@ def train(
     network = load_network(start_from) if start_from else DepthNet(width, min_m=min_depth, max_m=max_depth, seed=seed)
     if imagenet:
         load_imagenet(network.encoder, imagenet)
-    frames = read_frames(dataset_root, split_file, size=size)
-    validation = read_frames(dataset_root, val_split, size=size) if val_split else None
-    history = train_depth(network, frames, settings, validation=validation, folder=output_dir, resume=resume)
+    frames = read_frames(dataset_root, split_file, size=size, scale=depth_scale)
+    validation = read_frames(dataset_root, val_split, size=size, scale=depth_scale) if val_split else None
+    history = train_depth(network, frames, settings, validation=validation, folder=output_dir, resume=True)
     with atomic_file(output_dir / "history.csv") as f:
         history.to_csv(f, index=False)
     model = export_onnx(network.cpu(), output_dir / "depth.onnx", size, outputs=("depth",))
@@ -198,15 +199,17 @@ def _task(frames, model: Path, config: Path | None, scoring):
     """The `DepthTask` that the options of both commands ask for."""
     from calib_nb.data.preprocess import preset
     from calib_nb.depth.frames import depth_task
+    from calib_nb.depth.metrics import require_depth_network
     from calib_nb.graph.contract import read_contract, single_input
 
+    require_depth_network(model)
     shape = single_input(read_contract(model)).shape
     return depth_task(frames, _chain(config) or preset("depth", size=(shape[3], shape[2])), scoring)
 
 
 @app.command(
     epilog="Examples: calib-nb depth evaluate --model run1/checkpoint.pt --dataset-root ncdb | calib-nb depth evaluate "
-    "--pred-dir npu_maps --depth-scale 256 --dataset-root ncdb | calib-nb depth evaluate --model mono.onnx --config "
+    "--pred-dir npu_maps --pred-scale 256 --dataset-root ncdb | calib-nb depth evaluate --model mono.onnx --config "
     "mono.json --dataset-root kitti --output-is sigmoid --median-scaling --crop garg"
 )
 def evaluate(
@@ -217,8 +220,12 @@ def evaluate(
     pred_dir: Annotated[
         Path | None, typer.Option(help="Folder of depth maps (16-bit PNG or .npy) to score instead of a model.")
     ] = None,
-    depth_scale: Annotated[
-        float | None, typer.Option(help="With --pred-dir: numbers per metre in a PNG (default: predictions.json).")
+    depth_scale: DepthScale = None,
+    pred_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="With --pred-dir: numbers per metre in its PNG (default: predictions.json, or --depth-scale)."
+        ),
     ] = None,
     split_file: _Split = "val_split.json",
     scene: _Scene = None,
@@ -240,9 +247,10 @@ def evaluate(
     if (model is None) == (pred_dir is None):
         raise InputError("a model and maps" if model else "nothing to score", expected="--model FILE or --pred-dir DIR")
     scoring = _scoring(min_depth, max_depth, crop, median_scaling, output_is)
-    frames = read_frames(dataset_root, split_file, scenes=scene or ())
+    frames = read_frames(dataset_root, split_file, scenes=scene or (), scale=depth_scale)
     if pred_dir is not None:
-        scores = score_maps(pred_dir, frames, scale=depth_scale, scoring=scoring)
+        own = (pred_dir / "predictions.json").is_file()
+        scores = score_maps(pred_dir, frames, scale=pred_scale or (None if own else depth_scale), scoring=scoring)
         for row in scores.missing.itertuples():
             typer.echo(f"note: {row.dataset_root} {row.filename}: {row.reason}", err=True)
         units = scores.units
@@ -278,6 +286,7 @@ def compare(
     int8: Annotated[list[Path], typer.Option("--int8", help="INT8 file; repeat as needed.")],
     dataset_root: _Root,
     split_file: _Split = "val_split.json",
+    depth_scale: DepthScale = None,
     calibration_split: Annotated[
         Path | None, typer.Option(help="Split file whose frames calibrated: none of them may be scored.")
     ] = None,
@@ -310,7 +319,8 @@ def compare(
     if len(set(names)) < len(names):
         raise InputError(f"two INT8 files of one name among {', '.join(names)}", fix="rename one")
     scoring = _scoring(min_depth, max_depth, crop, median_scaling, output_is)
-    task = _task(read_frames(dataset_root, split_file, scenes=scene or ()), float_model, config, scoring)
+    frames = read_frames(dataset_root, split_file, scenes=scene or (), scale=depth_scale)
+    task = _task(frames, float_model, config, scoring)
     if calibration_split:
         _refuse_calibrated(dataset_root, calibration_split, float_model, task)
     models = dict(zip(names, int8))
@@ -322,6 +332,10 @@ def compare(
         with atomic_file(output) as f:
             table.to_csv(f, index=False)
     typer.echo(text_table(table) + (f"\ntable: {output}" if output else ""))
+    if table["verdict"][0] == "bad":
+        what = f"the float network itself is bad: abs_rel {table['abs_rel'][0]:.3g}, and --borderline is {borderline:g}"
+        fix = "is it --depth-scale, --output-is, --median-scaling, or the network? Else state --good and --borderline"
+        raise CheckFailed(what, fix=fix)
     if over := comparison.table.loc[comparison.table["verdict"] == "over budget", "model"].tolist():
         fix = "calib-nb quantize --method auto, or other calibration images: calib-nb depth split"
         raise CheckFailed(f"over the budget of {budget:g}: {', '.join(over)}", fix=fix)

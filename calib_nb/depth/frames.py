@@ -7,7 +7,7 @@ __all__ = ['Frames', 'read_frames', 'depth_task', 'depth_noise']
 
 # %% ../../nbs/depth/12_frames.ipynb #cell-2
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.errors import InputError, require_known
 from ..data.images import decode
 from ..data.preprocess import Preprocess
-from .metadata import metadata
+from .metadata import metadata, unit_note
 from .metrics import DepthTask, Scoring, output_depth, scored_pixels
 from .ncdb import read_depth
 from ..quant.sensitivity import NoiseMeasure, Outputs
@@ -35,12 +35,20 @@ class Frames:
         table: Rows of `calib_nb.depth.metadata.metadata`.
         size: (width, height) of the items in pixels; None: the frame's.
         scale: Numbers per metre; None: as `read_depth` guesses it.
+        guesses: How many frames have each guessed scale, for messages.
     """
 
     def __init__(
-        self, root: str | Path, table: pd.DataFrame, *, size: tuple[int, int] | None = None, scale: float | None = None
+        self,
+        root: str | Path,
+        table: pd.DataFrame,
+        *,
+        size: tuple[int, int] | None = None,
+        scale: float | None = None,
+        guesses: Mapping[float, int] | None = None,
     ):
         self.root, self.table, self.size, self.scale = Path(root), table.reset_index(drop=True), size, scale
+        self.guesses = dict(guesses or {})
         chain = Preprocess().convert_color("BGR2RGB")
         self._chain = (chain.resize(*size) if size else chain).div(255).transpose([2, 0, 1])
 
@@ -76,7 +84,13 @@ class Frames:
 
     def take(self, rows: Sequence[int]) -> "Frames":
         """The frames of these numbers, in this order."""
-        return Frames(self.root, self.table.iloc[list(rows)], size=self.size, scale=self.scale)
+        table = self.table.iloc[list(rows)]
+        return Frames(self.root, table, size=self.size, scale=self.scale, guesses=self.guesses)
+
+    @property
+    def numbers_per_metre(self) -> float | None:
+        """How the depth maps are read; None when they are not all read alike, or it is not known."""
+        return self.scale or (next(iter(self.guesses)) if len(self.guesses) == 1 else None)
 
 # %% ../../nbs/depth/12_frames.ipynb #cell-13
 def read_frames(
@@ -120,14 +134,17 @@ def read_frames(
             f"no entry of {split_file} can be used",
             fix=f"see why: calib-nb depth metadata --dataset-root {root} --split-file {split_file}",
         )
-    return Frames(root, table, size=size, scale=scale)
+    note, doubtful = unit_note(found)
+    if note:
+        _log.log(logging.WARNING if doubtful else logging.INFO, note)
+    return Frames(root, table, size=size, scale=scale, guesses=found.guesses)
 
 # %% ../../nbs/depth/12_frames.ipynb #cell-19
 class _DepthMaps:
     """Depth maps by number, read when asked for."""
 
     def __init__(self, frames: Frames):
-        self.frames = frames
+        self.frames, self.numbers_per_metre = frames, frames.numbers_per_metre
 
     def __len__(self) -> int:
         return len(self.frames)

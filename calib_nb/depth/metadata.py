@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCENE_TYPES', 'TEXTS', 'METADATA_COLUMNS', 'count_values', 'depth_statistics', 'scene_type', 'measure_sample',
-           'Metadata', 'metadata', 'save_metadata', 'load_metadata', 'summarize', 'count_by']
+           'Metadata', 'metadata', 'unit_note', 'save_metadata', 'load_metadata', 'summarize', 'count_by']
 
 # %% ../../nbs/depth/03_metadata.ipynb #cell-2
 import functools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -181,11 +181,13 @@ class Metadata:
             relative to the root.
         rejected: dataset_root, filename, reason, detail, indexed by the entry's number from 0.
         doubtful: dataset_root, filename, scale and max_depth of the samples whose guessed scale is not that of most.
+        guesses: How many samples were read with each guessed scale; none where the scale was stated.
     """
 
     table: pd.DataFrame
     rejected: pd.DataFrame
     doubtful: pd.DataFrame
+    guesses: dict[float, int] = field(default_factory=dict)
 
 
 def metadata(
@@ -264,6 +266,7 @@ def metadata(
         ),
         rejected,
         doubtful.reset_index(drop=True),
+        {} if scale is not None else {float(k): int(n) for k, n in table["scale"].value_counts().items()},
     )
 
 
@@ -278,7 +281,32 @@ def _entry_key(root: Path, variants: tuple[str, ...], entry: tuple[str, str]) ->
             stats.append("-")
     return "|".join([*entry, *stats])
 
-# %% ../../nbs/depth/03_metadata.ipynb #cell-31
+# %% ../../nbs/depth/03_metadata.ipynb #cell-28
+_USUAL_FAR_M = 100.0
+
+
+def unit_note(measured: Metadata) -> tuple[str, bool]:
+    """How the numbers of depth maps were read, when nobody stated it.
+
+    Args:
+        measured: What `metadata` returned.
+
+    Returns:
+        A sentence and whether the guess is doubtful; ("", False) when the scale was stated or nothing was measured.
+    """
+    table, count = measured.table, sum(measured.guesses.values())
+    if not count:
+        return "", False
+    near, far = table["min_depth"].min(), table["max_depth"].max()
+    state = "; --depth-scale states the numbers per metre"
+    if whole := measured.guesses.get(1.0, 0):
+        numbers = f"{whole:,} of {count:,} depth maps hold no number above 255 and are read as whole metres"
+        return f"{numbers}, up to {table['max_depth'].max():g} m{state}", True
+    note = f"depth maps are read as 256 numbers per metre, as their largest number suggests: {near:.3g} to {far:.3g} m"
+    doubtful = bool(table["p95"].median() > _USUAL_FAR_M)
+    return note + (", which is far for millimetres read so" if doubtful else "") + state, doubtful
+
+# %% ../../nbs/depth/03_metadata.ipynb #cell-34
 def save_metadata(found: Metadata, path: str | Path) -> Path:
     """Write the table as CSV, and STEM.rejected.csv beside it.
 

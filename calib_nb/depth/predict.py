@@ -27,7 +27,7 @@ from ..data.preprocess import preset
 from ..data.set_files import set_names
 from .copy import frame_names
 from .frames import Frames, depth_task
-from .metrics import DEPTH_METRICS, Scoring, output_depth
+from .metrics import DEPTH_METRICS, Scoring, output_depth, require_depth_network
 from .ncdb import IMAGES, decode_depth, locate_file, read_split
 from ..graph.contract import model_digest, open_session, read_contract, single_input
 from ..quant.observe import network_input
@@ -234,6 +234,7 @@ def predict_depth(
     source, folder = Path(source), Path(output_dir)
     shape = tuple(single_input(read_contract(model)).shape)
     chain = preprocess if preprocess is not None else preset("depth", size=(shape[3], shape[2]))
+    require_depth_network(model)
     images, rejected = _list_images(source, split_file)
     if images.empty:
         raise InputError(f"no image in {source / split_file}", expected="at least one")

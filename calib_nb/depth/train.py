@@ -202,7 +202,14 @@ def evaluate_network(
     finally:
         if module:
             module.train(training)
-    return pd.DataFrame(rows)
+    scores = pd.DataFrame(rows)
+    if not len(rows) or not scores["pixels"].any():
+        raise InputError(
+            f"none of {len(rows)} frames has depth between {scoring.min_m:g} and {scoring.max_m:g} m to score",
+            expected="metres",
+            fix="check the unit, the caps and the crop",
+        )
+    return scores
 
 # %% ../../nbs/depth/10_train.ipynb #cell-21
 def save_checkpoint(path: str | Path, content: dict) -> Path:
@@ -326,12 +333,12 @@ def _open_logs(folder: Path, step: int):
 def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float, float], None]) -> float:
     """Train one epoch and return its mean loss; order and mirroring depend on seed and epoch only."""
     s, generator = run.settings, torch.Generator().manual_seed(1_000_003 * run.settings.seed + epoch)
-    steps, losses = len(pairs) // s.batch, []
+    steps, losses, pixels = len(pairs) // s.batch, [], 0
     batches = torch.randperm(len(pairs), generator=generator)[: steps * s.batch].reshape(steps, s.batch).tolist()
     mirrored = torch.rand(steps, s.batch, generator=generator) < (0.5 if s.mirror else 0.0)
     for k, (chosen, rgb, depth_m) in enumerate(_loader(pairs, batches, s.workers)):
         rgb[mirrored[k]], depth_m[mirrored[k]] = rgb[mirrored[k]].flip(-1), depth_m[mirrored[k]].flip(-1)
-        step = epoch * steps + k
+        step, pixels = epoch * steps + k, pixels + int((depth_m > 0).sum())
         rate = learning_rate_at(step, s.epochs * steps, s)
         loss = run.step(rgb, depth_m, rate)
         if loss is None:
@@ -343,6 +350,8 @@ def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float,
             )
         losses.append(loss)
         report(step, rate, loss)
+    if not pixels:
+        raise InputError(f"none of {len(pairs)} frames has a depth to learn from", expected="depth above 0, in metres")
     return float(np.mean(losses))
 
 

@@ -56,6 +56,8 @@ def round_biases(module):
     """
     import torch
 
+    from calib_nb.nets.lsq import step_size
+
     if "lsq" not in getattr(module, "meta", {}):
         raise InputError(
             "a network without LSQ steps",
@@ -65,8 +67,8 @@ def round_biases(module):
     new = copy.deepcopy(module).eval()
     for node, layer in _layers(new).items():
         if layer.bias is not None:
-            step = layer.parametrizations.weight[0].step.detach().abs().flatten()
-            grid = _input_quantizer(new, node).step.detach().abs() * step
+            step = step_size(layer.parametrizations.weight[0].step.detach()).flatten()
+            grid = step_size(_input_quantizer(new, node).step.detach()) * step
             layer.bias = torch.nn.Parameter(torch.round(layer.bias.detach() / grid) * grid)
     return new
 
@@ -133,7 +135,7 @@ def lsq_ranges(module, graph: Graph) -> pd.DataFrame:
     Returns:
         `low` and `high` of every tensor of `graph` that has a step, by its name.
     """
-    from calib_nb.nets.lsq import quantizers
+    from calib_nb.nets.lsq import quantizers, step_size
 
     sources = aliases(graph)
     outputs = {o for n in graph.nodes for o in n.output}
@@ -141,7 +143,7 @@ def lsq_ranges(module, graph: Graph) -> pd.DataFrame:
     for name, q in quantizers(module):
         node = next(n for n in module.graph.nodes if n.target == name)
         tensor = name if name in outputs else graph.inputs[0] if node.args[0].op == "placeholder" else graph.outputs[0]
-        step = abs(q.step.item())
+        step = step_size(q.step.detach()).item()
         rows[sources.get(tensor, tensor)] = (q.lowest * step, q.highest * step)
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="tensor"), columns=["low", "high"])
 
@@ -224,8 +226,10 @@ def _stored(layer, linear: bool):
     import torch
     from torch import nn
 
+    from calib_nb.nets.lsq import step_size
+
     q = layer.parametrizations.weight[0]
-    weight, step = layer.parametrizations.weight.original.detach(), q.step.detach().abs()
+    weight, step = layer.parametrizations.weight.original.detach(), step_size(q.step.detach())
     codes = torch.clamp(torch.round(weight / step), q.lowest, q.highest).to(torch.int8)
 
     class Stored(nn.Module):
@@ -250,7 +254,9 @@ def _operator(q, name: str):
     """A module that applies one operator of quantized_decomposed with the grid of a quantizer."""
     import torch
 
-    grid = (float(q.step.detach().abs()), -128 - q.lowest, -128, 127, torch.int8)
+    from calib_nb.nets.lsq import step_size
+
+    grid = (float(step_size(q.step.detach())), -128 - q.lowest, -128, 127, torch.int8)
     function, module = getattr(torch.ops.quantized_decomposed, name), torch.nn.Module()
     module.forward = lambda x: function(x, *grid)
     return module

@@ -9,9 +9,10 @@ __all__ = ['TAG_LOSSES', 'cross_entropy', 'focal', 'asymmetric', 'loss_function'
 from ..core.errors import InputError, require_known
 
 # %% ../../nbs/tags/03_losses.ipynb #cell-7
-def _wide(logits):
-    """Logits in at least float32."""
-    return logits if logits.element_size() >= 4 else logits.float()
+def _wide(logits, targets):
+    """Logits in at least float32, and targets as numbers that have a sign and parts: uint8 has neither."""
+    logits = logits if logits.element_size() >= 4 else logits.float()
+    return logits, targets if targets.is_floating_point() else targets.to(logits.dtype)
 
 
 def cross_entropy(logits, targets):
@@ -19,7 +20,7 @@ def cross_entropy(logits, targets):
 
     Args:
         logits: Tensor of any shape.
-        targets: 0 or 1, same shape.
+        targets: 0 or 1, same shape; floating, integer or boolean.
 
     Returns:
         A 0-d tensor.
@@ -28,9 +29,9 @@ def cross_entropy(logits, targets):
     """
     from torch.nn.functional import binary_cross_entropy_with_logits
 
-    return binary_cross_entropy_with_logits(_wide(logits), targets)
+    return binary_cross_entropy_with_logits(*_wide(logits, targets))
 
-# %% ../../nbs/tags/03_losses.ipynb #cell-10
+# %% ../../nbs/tags/03_losses.ipynb #cell-12
 def focal(logits, targets, *, gamma: float = 2.0, alpha: float | None = None):
     """Mean focal loss.
 
@@ -52,14 +53,14 @@ def focal(logits, targets, *, gamma: float = 2.0, alpha: float | None = None):
 
     if gamma < 0:
         raise InputError(f"gamma is {gamma:g}", expected="at least 0", fix="2 is the usual value")
-    logits = _wide(logits)
+    logits, targets = _wide(logits, targets)
     signed = logits * (2 * targets - 1)  # p_t is the sigmoid of this
     loss = -(gamma * logsigmoid(-signed)).exp() * logsigmoid(signed)
     if alpha is not None:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
     return loss.mean()
 
-# %% ../../nbs/tags/03_losses.ipynb #cell-13
+# %% ../../nbs/tags/03_losses.ipynb #cell-15
 def asymmetric(logits, targets, *, gamma_positive: float = 0.0, gamma_negative: float = 4.0, margin: float = 0.05):
     """Mean asymmetric loss.
 
@@ -87,7 +88,7 @@ def asymmetric(logits, targets, *, gamma_positive: float = 0.0, gamma_negative: 
             expected="gammas from 0, a margin from 0 to below 1",
             fix="0, 4 and 0.05 are the paper's",
         )
-    logits = _wide(logits)
+    logits, targets = _wide(logits, targets)
     positive = -(gamma_positive * logsigmoid(-logits)).exp() * logsigmoid(logits)
     if margin:
         shifted = logits.sigmoid() - margin
