@@ -231,21 +231,3 @@ def test_the_scores_of_compare_are_onnx_runtimes(demo, job):
         outputs.append([session.run(None, {"input": chain(decode(p))})[0].ravel() for p in files])
     cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(*outputs, strict=True)]
     assert pd.read_csv(job / "few.csv")["cosine"][1] == pytest.approx(np.mean(cosines), abs=1e-5)
-
-
-def run_demo(folder: Path) -> Path:
-    """The page that `calib-nb demo` names in its last line."""
-    result = calib_nb("demo", folder)
-    assert result.returncode == 0, result.stderr
-    assert "synthetic" in result.stdout
-    return Path(result.stdout.strip().splitlines()[-1].removeprefix("report: "))
-
-
-def test_the_demo_ends_with_the_path_of_its_report_in_the_current_folder(tmp_path):
-    page = run_demo(tmp_path)
-    assert page.name == "report.html" and page.is_file() and page.is_relative_to(tmp_path / "outputs")
-
-
-@pytest.mark.slow
-def test_the_demo_is_safe_to_repeat(tmp_path):
-    assert run_demo(tmp_path) == run_demo(tmp_path)

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 
@@ -31,24 +32,47 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("outputs")
+    return tmp_path_factory.mktemp("work") / "outputs"
+
+
+def run_demo(folder: Path) -> Path:
+    """The page that `calib-nb demo` names in its last line."""
+    plain = {"TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""}
+    result = forked.calib_nb("demo", cwd=folder, env=os.environ | plain)
+    assert result.returncode == 0, result.stderr
+    assert "synthetic" in result.stdout
+    return Path(result.stdout.strip().splitlines()[-1].removeprefix("report: "))
+
+
+@pytest.mark.slow
+def test_the_demo_is_safe_to_repeat(tmp_path):
+    assert run_demo(tmp_path) == run_demo(tmp_path)
+
+
+def run(name: str, root: Path) -> Path:
+    """The run folder of a report on its demo data; that of `quantize` is what `calib-nb demo` ends with."""
+    if name != "quantize":
+        return run_report(name, QUICK.get(name), root=root).folder
+    page = run_demo(root.parent)
+    assert page.name == "report.html" and page.is_file()
+    return page.parent
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
-    report = run_report(name, QUICK.get(name), root=root)
-    assert report.folder == root / name / "demo" / "demo"
-    page = report.page.read_text(encoding="utf-8")
+    folder = run(name, root)
+    assert folder == root / name / "demo" / "demo"
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert "ynthetic" in page and "<script" not in page and not re.search(r'(?:src|href)="(?!data:|#|https?://)', page)
     assert not re.search(r'<img[^>]+src="http|<link|@import', page), "the page fetches something"
     assert str(root) not in page and ".partial" not in page
-    manifest = json.loads((report.folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert {"parameters", "versions", "git", "inputs", "outputs", "steps", "report", "seconds"} <= set(manifest)
     for file, digest in manifest["outputs"].items():
-        assert sha256_file(report.folder / file) == digest, file
+        assert sha256_file(folder / file) == digest, file
     assert {"report.ipynb", "report.html", "metrics.csv"} <= set(manifest["outputs"])
-    assert len(pd.read_csv(report.folder / "metrics.csv")) >= 1
-    assert not list(report.folder.parent.glob(".*")), "something unfinished is left"
+    assert len(pd.read_csv(folder / "metrics.csv")) >= 1
+    assert not list(folder.parent.glob(".*")), "something unfinished is left"
 
 
 @pytest.mark.slow
