@@ -204,7 +204,7 @@ def test_refusals_before_anything_runs(place):
     save_config(generate_config("yunet", "nowhere", model="my model.onnx"), "wrong.json")
     with pytest.raises(CheckFailed, match="no such folder"):
         compile_model("my model.onnx", "wrong.json", "out")
-    with pytest.raises(CheckFailed, match="no such model"):
+    with pytest.raises(InputError, match="no such model"):
         compile_model("none.onnx", "c.json", "out")
     os.makedirs("full")
     Path("full/keep.txt").write_text("mine")

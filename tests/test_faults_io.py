@@ -154,6 +154,8 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left.*a\.csv"), atomic_file(tmp_path / "a.csv"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left.*/dev/full"), atomic_file("/dev/full") as f:
+        f.write("1")
 
 
 def notebook(path, code, *, kernel="python3", parameters='name = "demo"  # run name\nrun_dir = ""'):
@@ -246,6 +248,11 @@ def test_a_compiler_leaves_the_files_of_others_alone(compiler):
         assert compile_model("right.onnx", "c.json", "second", toolchain="generic").files == ("x",)
     assert (compiler / "out.log").read_text() == (compiler / "out_inputs/images.txt").read_text() == "mine"
     assert not hidden(compiler)
+
+
+def test_a_missing_model_is_named_before_the_config(compiler):
+    with pytest.raises(InputError, match="no such model: nope.onnx"):
+        compile_model("nope.onnx", "no-config.json", "out")
 
 
 def test_a_linked_output_of_a_compiler_stays_a_link(compiler):

@@ -57,7 +57,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
     if path.is_dir():
         raise InputError(f"{path} is a folder", expected="the name of a file", fix="name a file in it")
     if path.exists() and not path.is_file():
-        with open(path, mode, **text) as f:
+        with _named(path), open(path, mode, **text) as f:
             yield f
         return
     _make_parent(path)
@@ -65,7 +65,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
         temporary, handle = _temporary(path)
     except OSError as e:
         raise type(e)(e.errno, e.strerror, str(path)) from e
-    with open(handle, mode, **text) as f:
+    with _named(path), open(handle, mode, **text) as f:
         try:
             yield f
             f.flush()
@@ -73,11 +73,20 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
             if fcntl is None:  # Windows does not rename an open file
                 f.close()
             os.replace(temporary, path)  # still locked, so that nobody takes it for a file that was left
-        except BaseException as e:
+        except BaseException:
             temporary.unlink(missing_ok=True)
-            if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                e.filename = str(path)
             raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of a full disk name the file, which the system does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            e.filename = str(path)
+        raise
 
 
 def _followed(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..core.errors import ConfigError, InputError, suggest
+from ..core.errors import ConfigError, InputError, ModelError, suggest
 from ..core.run import RunFolder, atomic_file, atomic_folder, private_folder, read_json, write_json
 from ..core.settings import parse_yaml, read_yaml
 from ..data.operations import explain
@@ -295,10 +295,13 @@ def compile_model(
     Raises:
         CheckFailed: The config has an error.
         ConfigError: The config is malformed, or the compiler does not take its method or cannot be started.
+        ModelError: There is no model.
         InputError: `output`, or the folder `output`_inputs where the compiler wants one, holds other files.
 
     Source: DX-COM manual, "Execution of DX-COM".
     """
+    if not Path(model).is_file():
+        raise ModelError(f"no such model: {model}", expected="an ONNX file", fix="check the path")
     tool, settings = read_toolchain(toolchain), load_config(config)
     if settings.calibration_method not in tool.methods:
         what = f"{tool.name} does not take calibration_method '{settings.calibration_method}'"
