@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_digest', 'model_mb', 'read_contract',
-           'single_input', 'has_loop', 'BoundedSession', 'open_session']
+           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
 import functools
 import hashlib
 import logging
 import mmap
+import re
 import shlex
 import threading
 import time
@@ -288,6 +289,13 @@ _LOOP = (b"\x22\x04Loop", b"\x22\x04Scan")  # how protobuf writes a NodeProto's 
 LOOP_SECONDS, LOOP_BYTES = 30.0, 4 * 2**30  # what one run of a model with a loop may take
 
 
+def runtime_reason(error: Exception) -> str:
+    """The first line of an error of ONNX or ONNX Runtime, without its codes and the places in its source."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"\S*onnxruntime\S*\.(?:cc|h|hpp):\d+ .*?\) ", "", text)[:200]
+
+
 def has_loop(model: str | Path | bytes) -> bool:
     """Whether an ONNX file, or its bytes, holds an operator that repeats others: the others end by themselves."""
     if isinstance(model, bytes):
@@ -391,9 +399,8 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
         session = BoundedSession(session) if has_loop(path) else session
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         read_contract(path)  # says it better where the file itself is at fault
-        reason = str(e).splitlines()[0][:200]
         fix = "export it again, with an opset that ONNX Runtime knows"
-        raise ModelError(f"ONNX Runtime cannot open {path}: {reason}", fix=fix) from e
+        raise ModelError(f"ONNX Runtime cannot open {path}: {runtime_reason(e)}", fix=fix) from e
     if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
         reason = "its CUDA libraries or driver do not load" if available else "the installed ONNX Runtime has no CUDA"
         if device == "cuda":

@@ -12,7 +12,15 @@ import numpy as np
 
 from ..core.errors import ModelError
 from ..core.run import atomic_file
-from .contract import BoundedSession, TensorSpec, has_loop, open_session, read_contract, single_input
+from calib_nb.graph.contract import (
+    BoundedSession,
+    TensorSpec,
+    has_loop,
+    open_session,
+    read_contract,
+    runtime_reason,
+    single_input,
+)
 from .model import Graph
 from .normal import normal_form, open_shapes
 from .simplify import first_difference
@@ -102,7 +110,7 @@ def _compare_runs(path: Path, copy: bytes, spec: TensorSpec, shape: tuple[int, .
         raise
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         raise ModelError(
-            f"{path} does not run with shape {list(shape)}: {str(e).splitlines()[0][:160]}",
+            f"{path} does not run with shape {list(shape)}: {runtime_reason(e)}",
             expected="a model that computes its shapes",
             fix="export it with that shape",
         ) from e
@@ -136,7 +144,7 @@ def _outputs_of_one(session, inputs: dict[str, np.ndarray], path: Path) -> dict:
     except ModelError:
         raise
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
-        reason = str(e).splitlines()[0][:160]
+        reason = runtime_reason(e)
         raise ModelError(f"{path} does not run: {reason}", expected="a model that runs", fix="export it again") from e
 
 
@@ -175,7 +183,7 @@ def require_runs(path: str | Path) -> None:
         except ModelError as e:
             reason = reason or e.what
         except Exception as e:  # ONNX Runtime's own exceptions share no other base
-            reason = reason or f"{path} does not run: {str(e).splitlines()[0][:200]}"
+            reason = reason or f"{path} does not run: {runtime_reason(e)}"
     size = f"{spec.shape[3]}x{spec.shape[2]}"
     fix = f"export it with sizes that it can compute with, not {size} (many networks want sides that 32 divides)"
     raise ModelError(reason, expected="a model that runs", fix=fix)

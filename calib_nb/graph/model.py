@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import ModelError
 from ..core.run import atomic_file
-from .contract import read_contract, single_input
+from .contract import read_contract, runtime_reason, single_input
 from .normal import normal_form, open_shapes, reads
 
 _log = logging.getLogger(__name__)
@@ -448,7 +448,7 @@ def _session(model, threads: int, optimize: bool):
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         raise ModelError(
-            f"ONNX Runtime cannot run the model: {str(e).splitlines()[0][:200]}",
+            f"ONNX Runtime cannot run the model: {runtime_reason(e)}",
             fix="export it again, with an opset that ONNX Runtime knows",
         ) from e
 
@@ -475,4 +475,4 @@ def run(
     try:
         return dict(zip(names, session.run(names, {i.name: image for i in session.get_inputs()})))
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
-        raise ModelError(f"the model does not run: {str(e).splitlines()[0][:200]}", fix="export it again") from e
+        raise ModelError(f"the model does not run: {runtime_reason(e)}", fix="export it again") from e

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..core.errors import ModelError
+from .contract import runtime_reason
 
 # %% ../../nbs/graph/02_normal.ipynb #cell-8
 def subgraphs(node) -> Iterator:
@@ -131,7 +132,7 @@ def _inline(model):
         try:
             model = onnx.inliner.inline_local_functions(model, convert_version=True)
         except Exception as e:  # the inliner raises bare RuntimeErrors
-            what = f"the model's local functions cannot be written out: {str(e).splitlines()[0][:160]}"
+            what = f"the model's local functions cannot be written out: {runtime_reason(e)}"
             raise ModelError(what, fix="export the model again without local functions") from e
     used = {n.domain for n in _all_nodes(model.graph)}
     imports = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
@@ -258,8 +259,7 @@ def settle_opset(model):
         try:
             return onnx.version_converter.convert_version(model, 13)
         except Exception as e:  # the converter raises bare RuntimeErrors
-            reason = " ".join(str(e).split())[:160]
-            what = f"the model cannot be raised from opset {entry.version} to 13: {reason}"
+            what = f"the model cannot be raised from opset {entry.version} to 13: {runtime_reason(e)}"
             raise ModelError(what, fix="export it again with opset 17") from e
     if entry.version > _NEWEST:
         known = onnx.defs.onnx_opset_version()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..core.errors import ModelError
+from .contract import runtime_reason
 from .layers import Layer, get_bias, get_weight, layers, set_bias, set_weight
 from .model import Graph, attribute, open_graph, run
 from .normal import reads
@@ -293,7 +294,7 @@ def raise_opset(graph: Graph, opset: int = 13) -> Graph:
     try:
         return Graph(onnx.version_converter.convert_version(graph.model, opset))
     except Exception as e:  # the converter raises bare RuntimeErrors
-        what = f"the model cannot be raised from opset {graph.opset} to {opset}: {str(e).splitlines()[0][:160]}"
+        what = f"the model cannot be raised from opset {graph.opset} to {opset}: {runtime_reason(e)}"
         raise ModelError(what, fix=f"export it again with opset {max(opset, 17)}") from e
 
 
