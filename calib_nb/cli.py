@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 import calib_nb
+import calib_nb.commands.android
 import calib_nb.commands.depth
 import calib_nb.commands.depth_model
 import calib_nb.commands.faces
@@ -136,6 +137,7 @@ _groups = {
     "faces": calib_nb.commands.faces.app,
     "models": calib_nb.commands.models.app,
     "tags": calib_nb.commands.tags.app,
+    "android": calib_nb.commands.android.app,
 }
 # One word for the data set and for the network.
 _groups["depth"].registered_commands.extend(calib_nb.commands.depth_model.app.registered_commands)
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # Those that keep what they have done; the others begin again, which leaves the same result.
-_GOES_ON = ("prepare", "faces bench", "depth metadata", "tags train", "tags download", "models fetch")
+_GOES_ON = ("prepare", "faces bench", "depth infer", "depth metadata", "tags train", "tags download", "models fetch")
 
 
 def _go_on(words: list[str]) -> str:

@@ -14,6 +14,7 @@ import yaml
 from calib_nb.cli import _go_on, main
 from calib_nb.core import run as files
 from calib_nb.core.errors import CalibError, InputError
+from calib_nb.core.parallel import Journal
 from calib_nb.core.run import atomic_file, atomic_folder, made_once, private_folder
 from calib_nb.core.settings import read_yaml
 from calib_nb.graph.build import network
@@ -105,6 +106,16 @@ def test_what_killed_runs_left_goes_with_the_next_run(tmp_path):
         f.write("1")
     made_once(tmp_path / "demo", "x", lambda new: (new / "x").touch())
     assert not hidden(tmp_path) and (tmp_path / "a.csv").read_text() == "1"
+
+
+def test_of_two_runs_that_write_one_journal_one_is_refused(tmp_path):
+    first = Journal(tmp_path / "scores.jsonl", "v1")
+    first.add([("a", 1)])
+    with pytest.raises(InputError, match="another run is writing the journal"):
+        Journal(tmp_path / "scores.jsonl", "v2")
+    first.add([("b", 2)])
+    first.close()
+    assert Journal(tmp_path / "scores.jsonl", "v1").done == {"a": 1, "b": 2}
 
 
 def test_links_stay_and_their_targets_are_written(tmp_path):
@@ -308,7 +319,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize(
     ("command", "text"),
-    [("prepare", "goes on where"), ("depth train", "--resume goes on"), ("tags train", "goes on where")]
+    [
+        ("prepare", "goes on where"),
+        ("depth infer", "goes on where"),
+        ("depth train", "--resume goes on"),
+        ("tags train", "goes on where"),
+    ]
     + [(command, "begins again") for command in ("quantize", "verify", "report", "depth compare")],
 )
 def test_what_ctrl_c_says_is_true_of_each_command(command, text):

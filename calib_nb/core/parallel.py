@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from .errors import InputError, require_known
-from .run import atomic_file
+from .run import lock_file
 
 # %% ../../nbs/core/03_parallel.ipynb #cell-7
 def cpu_count() -> int:
@@ -30,24 +30,37 @@ def cpu_count() -> int:
 class Journal:
     """Results in a JSON Lines file, for the run that continues a killed one.
 
-    `done` maps a key to its value, as an earlier run with the same signature left them. One writer at a time.
+    `done` maps a key to its value, as an earlier run with the same signature left them. One writer at a time: a second
+    run is refused.
 
     Args:
         path: The file; it is begun when it is missing or has another signature.
         signature: What the values depend on, as text.
 
     Raises:
-        InputError: The file is not a journal; it stays as it was.
+        InputError: The file is not a journal, and stays as it was; or another run is writing it.
 
     Source: JSON Lines.
     """
 
     def __init__(self, path: str | Path, signature: str = ""):
         path = Path(path)
-        header = json.dumps({"calib_nb_journal": 1, "signature": signature}) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[str, object] = {}
+        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open until close())
+        try:
+            if lock_file(self._file.fileno(), path) == "busy":
+                fix = "wait for it, or name another file"
+                raise InputError(f"another run is writing the journal {path}", fix=fix)
+            self._begin(path, json.dumps({"calib_nb_journal": 1, "signature": signature}) + "\n")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, path: Path, header: str) -> None:
+        """Read what an earlier run with this header left, and cut off what it wrote in part."""
         whole = 0
-        if path.is_file() and path.stat().st_size:
+        if path.stat().st_size:
             with open(path, "rb") as f:
                 first = f.readline(1_000_000)
                 if not first.startswith(b'{"calib_nb_journal"'):
@@ -56,12 +69,10 @@ class Journal:
                     raise InputError(f"{path} is not a journal", expected=expected, fix=fix)
                 if first == header.encode():
                     whole = len(first) + self._read(f)
-        if not whole:
-            with atomic_file(path) as f:
-                f.write(header)
-            whole = len(header.encode())
         os.truncate(path, whole)
-        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open until close())
+        if not whole:
+            self._file.write(header)
+            self._file.flush()
 
     def _read(self, lines: Iterable[bytes]) -> int:
         """Take the whole lines into `done`; returns their bytes."""
