@@ -1,6 +1,7 @@
 """Reading ONNX files: what they promise, what is refused, and the copy with a fixed batch."""
 
 import contextlib
+import time
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import pytest
 
 from calib_nb.core.errors import ModelError
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import open_session, read_contract, single_input
+from calib_nb.graph.contract import BoundedSession, open_session, read_contract, single_input
 from calib_nb.graph.fixed import fix_batch
 
 
@@ -194,3 +195,44 @@ def test_real_models(real_data, tmp_path):
     assert read_contract(fixed).outputs[0].shape == (1, 512)
     with pytest.raises(ModelError, match="PyTorch"):
         read_contract(models / "edgeface_xxs_q.pt")
+
+
+def endless(scan: str = "") -> onnx.ModelProto:
+    """A Loop that never ends; with `scan` it keeps a megabyte of every round."""
+    kept, result = (", float[s] big", ", all") if scan else ("", "")
+    step = (
+        f"body (int64 i, bool on, float[1] a) => (bool more, float[1] b{kept}) {{ more = Identity (on) b = Add (a, a) "
+    )
+    step += "n = Constant <value = int64[1] {262144}> () big = Expand (a, n) }" if scan else "}"
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> net (float[n, 3, 4, 4] x) => (float[1] y) {{
+        start = Constant <value = float[1] {{1.0}}> ()
+        yes = Constant <value = bool {{1}}> ()
+        y{result} = Loop <body = {step}> ("", yes, start)
+    }}"""
+    return onnx.parser.parse_model(text)
+
+
+@pytest.mark.parametrize("seconds, memory, scan", [(0.3, 2**40, ""), (60, 2**28, "yes")], ids=["time", "memory"])
+def test_a_loop_that_never_ends_is_ended(tmp_path, seconds, memory, scan):
+    onnx.save(endless(scan), tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    assert isinstance(session, BoundedSession) and session.get_inputs()[0].name == "x"
+    bounded = BoundedSession(session.session, seconds=seconds, memory=memory)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="a loop of the model took more than") as caught:
+        bounded.run(None, {"x": np.zeros((1, 3, 4, 4), np.float32)})
+    assert time.monotonic() - start < 30 and "\n" not in str(caught.value)
+
+
+def test_a_loop_that_ends_is_as_it_was(tmp_path):
+    """Its results and its own errors are those of ONNX Runtime."""
+    model = endless()
+    model.graph.node[2].input[0] = "three"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(3), "three"))
+    onnx.save(model, tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    assert session.run(["y"], {"x": np.zeros((1, 3, 4, 4), np.float32)})[0].tolist() == [8]
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        session.run(None, {"x": np.zeros((1, 3, 5, 4), np.float32)})
+    onnx.save(conv_graph().model, tmp_path / "plain.onnx")
+    assert type(open_session(tmp_path / "plain.onnx")) is onnxruntime.InferenceSession
