@@ -43,8 +43,10 @@ def shown(outputs: list[dict]) -> list[str]:
 def run(path: str, pipe) -> None:
     """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a separate process."""
     os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "IN_TEST": "1"}
+    import pandas as pd
     from execnb.shell import CaptureShell
 
+    pd.set_option("display.max_columns", 20)  # as in JupyterLab; a table in a terminal leaves columns out by its width
     path = Path(path)
     os.chdir(path.parent)
     shell = CaptureShell(path, mpl_format="png")
