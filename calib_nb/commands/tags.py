@@ -190,7 +190,9 @@ def predict(
     "--backend xnnpack"
 )
 def export(
-    checkpoint: Annotated[Path, typer.Option(metavar="CK.pth", help="A checkpoint of calib-nb tags train.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="CK.pth", help="A checkpoint of calib-nb tags train.")
+    ] = None,
     model: _Network = None,
     int8: Annotated[bool, typer.Option("--int8", help="INT8, calibrated after training.")] = False,
     qat: Annotated[bool, typer.Option("--qat", help="INT8 with the LSQ steps of a checkpoint of train --qat.")] = False,
@@ -207,12 +209,22 @@ def export(
     ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="How many of them.")] = 100,
     output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("."),
+    list_backends: Annotated[
+        bool,
+        typer.Option("--list-backends", help="Say which backends lower and run here, and what they need, and stop."),
+    ] = False,
 ):
     """Write a checkpoint as an ExecuTorch program and as ONNX, and run both once to see that they are right."""
     from calib_nb.core.errors import InputError
-    from calib_nb.nets.pte import known_backend
+    from calib_nb.nets.pte import NNAPI, backend_table, known_backend
+    from calib_nb.report import text_table
     from calib_nb.tags.export import export_checkpoint
 
+    if list_backends:
+        typer.echo(f"{text_table(backend_table())}\nnnapi: {'; '.join(NNAPI)}")
+        return
+    if checkpoint is None:
+        raise InputError("no checkpoint", expected="--checkpoint CK.pth", fix="or --list-backends")
     known_backend(backend)
     if int8 and qat:
         raise InputError("--int8 and --qat", expected="one of them")
@@ -232,7 +244,7 @@ def export(
     for path, text in ((files.pte, note), (files.onnx, "ONNX Runtime; NNAPI through ONNX Runtime Mobile")):
         typer.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB  {text}")
 
-# %% ../../nbs/commands/07_tags.ipynb #cell-27
+# %% ../../nbs/commands/07_tags.ipynb #cell-29
 @app.command(epilog="Example: calib-nb tags download --val-only --dest coco")
 def download(
     val_only: Annotated[
