@@ -514,3 +514,22 @@ def test_sizes_and_hashes_of_a_quantized_model_count_the_weights_beside_it(tmp_p
         models.append(quantize_static(path, IMAGES, tensor_of, tmp_path / "q.onnx", progress=False))
     assert models[0].model_sha256 != models[1].model_sha256 == model_digest(path)
     assert models[0].float_size_mb * 1e6 == path.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size
+
+
+def test_a_float16_model_is_compared_with_its_int8_model(tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    from calib_nb.graph.contract import Float32Session, open_session
+
+    half = convert_float_to_float16(plain_model(), keep_io_types=False)
+    path = write(tmp_path, half)
+    session = open_session(path)
+    assert isinstance(session, Float32Session) and session.get_inputs()[0].type == "tensor(float16)"
+    (outputs,), image = session.run(None, {"x": tensor_of(IMAGES[0])}), tensor_of(IMAGES[0])
+    wanted = run(Graph(plain_model()), image)["y"]
+    assert outputs.dtype == np.float32 and np.abs(outputs - wanted).max() < 5e-3 * wanted.max()
+    require_runs(path)
+    for value, name in ((half.graph.input[0], "n"), (half.graph.output[0], "n")):
+        value.type.tensor_type.shape.dim[0].dim_param = name
+    fixed = fix_batch(write(tmp_path, half), tmp_path / "b1.onnx")
+    assert read_contract(fixed).inputs[0].shape == (1, 3, 8, 8)

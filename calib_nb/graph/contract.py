@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_digest', 'model_mb', 'read_contract',
-           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'open_session']
+           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'Float32Session', 'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
 import functools
@@ -372,6 +372,38 @@ class BoundedSession:
                 return
 
 
+class Float32Session:
+    """An `InferenceSession` of a float16 or float64 model that takes float32, and gives it.
+
+    Args:
+        session: The session.
+    """
+
+    _TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+    def __init__(self, session):
+        self.session = session
+
+    def __getattr__(self, name: str):
+        return getattr(self.session, name)
+
+    def run(self, outputs, inputs, options=None) -> list:
+        """As `InferenceSession.run`, with any float type.
+
+        Args:
+            outputs: Names of the outputs; None: all.
+            inputs: Arrays by name.
+            options: `RunOptions` of ONNX Runtime.
+
+        Returns:
+            The outputs.
+        """
+        own = {i.name: self._TYPES[i.type] for i in self.session.get_inputs() if i.type in self._TYPES}
+        cast = {name: np.asarray(value, own.get(name)) for name, value in inputs.items()}
+        results, other = self.session.run(outputs, cast, options), (np.float16, np.float64)
+        return [r.astype(np.float32) if getattr(r, "dtype", None) in other else r for r in results]
+
+
 def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
     """An `onnxruntime.InferenceSession` of an ONNX file.
 
@@ -397,6 +429,8 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
     try:
         session = ort.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
         session = BoundedSession(session) if has_loop(path) else session
+        if any(i.type in Float32Session._TYPES for i in session.get_inputs()):
+            session = Float32Session(session)
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         read_contract(path)  # says it better where the file itself is at fault
         fix = "export it again, with an opset that ONNX Runtime knows"
