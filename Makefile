@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-machines notebooks export readme lint format types
+.PHONY: help demo android test test-slow test-android test-machines notebooks export readme lint format types
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ $(READY): constraints.txt settings.ini setup.py
 demo: $(READY)  ## the whole job on built-in data, in outputs/demo
 	@$(BIN)/calib-nb demo
 
+android: $(READY)  ## the demo tagger's Android app, in outputs/android
+	@$(BIN)/python .ci/android.py
+
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
 	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal \
@@ -33,6 +36,9 @@ test: $(READY)  ## every check; the log stays in outputs/test
 
 test-slow: $(READY)  ## the checks that take longer than a coffee
 	@$(PYTEST) -m slow
+
+test-android: $(READY)  ## the Android app from an empty cache: build, structure, its engine in a JVM
+	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; CALIB_NB_CACHE=$$cache $(BIN)/python -m pytest tests/test_android.py
 
 test-machines: $(READY)  ## the trained notebooks under other instruction sets, thread counts and seeds
 	@$(BIN)/python .ci/machines.py

@@ -1,28 +1,36 @@
 """The Android app: sources that hold together, a build without Gradle, and its engine run on this machine."""
 
+import json
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from calib_nb.android.build import (
+    PASSWORD,
+    AppOptions,
     build_app,
     kotlinc,
     libraries,
     missing_tools,
 )
-from calib_nb.android.compare import output_step
+from calib_nb.android.compare import compare_phone, output_step
 from calib_nb.android.fetch import android_sources, fetch_all, fetch_package, read_lock
-from calib_nb.android.stubs import parse_api
+from calib_nb.android.stubs import _Types, parse_api
 from calib_nb.core.cache import cached
 from calib_nb.core.errors import CalibError
 from calib_nb.core.run import cache_root, sha256_file, write_json
+from calib_nb.data.images import decode, encode_png
+from calib_nb.tags.coco import load_coco
+from calib_nb.tags.demo import demo_checkpoints
 
 MAIN = android_sources() / "app/src/main"
 TEST = android_sources() / "app/src/test"
@@ -144,7 +152,6 @@ def programs() -> Path:
     import torch
 
     from calib_nb.tags.coco import COCO_CATEGORIES
-    from calib_nb.tags.demo import demo_checkpoints
     from calib_nb.tags.demo_drawings import tagged_photos
     from calib_nb.tags.export import export_checkpoint
     from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger, save_tagger
@@ -217,7 +224,7 @@ def jvm(app, packages):
     jars = [p for p in jars if p.exists()] + [p for p in (java / "hamcrest-core.jar",) if p.exists()]
     if not (java / "junit4.jar").exists():
         pytest.skip("apt-get install --no-install-recommends junit4")
-    built = [folder_of(app, "kotlin") / "classes", folder_of(app, "java") / "classes"]
+    built = [folder_of(app, "kotlin-classes") / "classes", folder_of(app, "java-classes") / "classes"]
     torch_jar = packages["executorch"] / "package/android/libs/classes.jar"
 
     def make(folder: Path) -> None:
@@ -261,7 +268,6 @@ def vectors(tmp_path_factory) -> Path:
     import cv2
     from PIL import Image
 
-    from calib_nb.data.images import decode
     from calib_nb.tags.coco import evaluation_chain
 
     folder, rng, cases = tmp_path_factory.mktemp("vectors"), np.random.default_rng(0), []
@@ -360,3 +366,172 @@ def native(packages, tmp_path_factory) -> Path:
 def test_the_apps_engine_gives_the_scores_of_pythons_runtime(jvm, native, programs):
     said = junit(jvm, "NativeTest", native=native, programs=programs)
     assert all(f"{name}: 24 inputs" in said for name in ("int8", "random", "fp32"))
+
+
+@pytest.mark.slow
+def test_the_app_says_what_it_is(app):
+    said = subprocess.run(["aapt", "dump", "badging", app.apk], capture_output=True, text=True, check=True).stdout
+    assert "package: name='nb.calib.tagger'" in said and "uses-permission" not in said
+    assert "sdkVersion:'26'" in said and "targetSdkVersion:'34'" in said
+    assert "launchable-activity: name='nb.calib.tagger.MainActivity'" in said
+    assert "native-code: 'arm64-v8a'" in said and "application-label-ko:'태거 벤치마크'" in said
+
+
+@pytest.mark.slow
+def test_the_signature_and_the_alignment_are_right(app):
+    line = ["apksigner", "verify", "--verbose", "--min-sdk-version", "26", app.apk]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert "v2 scheme (APK Signature Scheme v2): true" in said and "v3 scheme (APK Signature Scheme v3): true" in said
+    subprocess.run(["zipalign", "-c", "-p", "4", app.apk], check=True, capture_output=True)
+    with zipfile.ZipFile(app.apk) as z:
+        assert z.getinfo("resources.arsc").compress_type == zipfile.ZIP_STORED
+
+
+@pytest.mark.slow
+def test_the_app_carries_programs_images_and_libraries(app, programs):
+    with zipfile.ZipFile(app.apk) as z:
+        names = z.namelist()
+        for name in ("int8.pte", "fp32.pte"):
+            assert z.read(f"assets/programs/{name}") == (programs / name).read_bytes()
+        libraries_there = {n.split("/")[2] for n in names if n.startswith("lib/")}
+        assert libraries_there == {"libexecutorch.so", "libfbjni.so", "libc++_shared.so"}
+        for name in names:
+            if name.startswith("lib/"):
+                assert struct.unpack_from("<4s14xH", z.read(name)) == (b"\x7fELF", 183)  # AArch64
+    assert sum(n.startswith("assets/photos/") for n in names) == 24 and app.apk.stat().st_size < 20e6
+
+
+@pytest.fixture(scope="session")
+def androguard():
+    """Puts androguard on the path, from a folder of its own: it brings 160 MB that nothing else needs."""
+
+    def make(folder: Path) -> None:
+        line = [sys.executable, "-m", "pip", "install", "-q", "--target", folder / "site", "androguard==4.1.4"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"androguard cannot be installed: {done.stderr.strip()[-200:]}")
+
+    site = str(cached("android/androguard", {"version": "4.1.4"}, make, probe="site/androguard/__init__.py") / "site")
+    code = (
+        "import json, sys, zipfile; sys.path.insert(0, sys.argv[2]); import loguru; loguru.logger.remove();"
+        "from androguard.core.dex import DEX; d = DEX(zipfile.ZipFile(sys.argv[1]).read('classes.dex'));"
+        "ours = [c for c in d.get_classes() if c.get_name().startswith(('Lnb/calib/', 'Lcom/facebook/'))];"
+        "json.dump({c.get_name(): sorted({i.get_output().split(', ')[-1] for m in c.get_methods() if m.get_code()"
+        " for i in m.get_instructions() if i.get_name().startswith(('invoke', 'sget', 'iget', 'sput', 'iput'))})"
+        " for c in ours}, sys.stdout)"
+    )
+
+    def uses(apk: Path) -> dict[str, list[str]]:
+        """By class of the app, the methods and fields that its code names."""
+        done = subprocess.run([sys.executable, "-c", code, apk, site], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        closed = re.compile(r"\(.*?\)")  # androguard puts spaces between parameters
+        named = json.loads(done.stdout)
+        return {c: [closed.sub(lambda m: m[0].replace(" ", ""), use) for use in found] for c, found in named.items()}
+
+    return uses
+
+
+def in_api(classes) -> set[str]:
+    """Every method and field of the API as bytecode names it, also where a class inherits it."""
+    types = _Types(classes)
+    generics = {(c.package, c.name): types.parameters(c.generics) for c in classes}
+    own, above = {}, {}
+    for c in classes:
+        scope = types.parameters(c.generics)
+        for k in range(1, c.name.count(".") + 1):
+            outer = ".".join(c.name.split(".")[:k])
+            scope |= generics.get((c.package, outer), {})
+        own[c.binary] = set()
+        for m in c.members:
+            inner = scope | types.parameters(m.generics)
+            parameters = "".join(types.erased(p, inner) for p in m.parameters)
+            form = f"({parameters})" if m.kind in ("method", "ctor") else " "
+            own[c.binary].add(f"{m.name}{form}{types.erased(m.type, inner)}")
+        above[c.binary] = [types.erased(t, scope)[1:-1] for t in (c.extends or "java.lang.Object", *c.implements)]
+
+    def members(binary, seen=()):
+        if binary in seen or binary not in own:
+            return set()
+        return own[binary].union(*(members(parent, (*seen, binary)) for parent in above[binary]))
+
+    return {f"L{binary};->{member}" for binary in own for member in members(binary)}
+
+
+@pytest.mark.slow
+def test_every_call_of_the_platform_stands_in_the_api(app, packages, androguard):
+    uses = androguard(app.apk)
+    assert {"Lnb/calib/tagger/MainActivity;", "Lnb/calib/tagger/Engine;", "Lcom/facebook/jni/HybridData;"} <= set(uses)
+    known = in_api(parse_api((packages["android-api"] / "api/current.txt").read_text(encoding="utf-8")))
+    named = {use for found in uses.values() for use in found if use.startswith(("Landroid/", "Ljava/"))}
+    assert len(named) > 100
+    assert sorted(named - known) == []
+    plain = {c for c, found in uses.items() if any(use.startswith("Landroid/") for use in found)}
+    thin = {f"Lnb/calib/tagger/{name.removesuffix('.kt')}" for name in THIN}
+    assert all(any(c.startswith(t) for t in thin) for c in plain), plain
+
+
+@pytest.mark.slow
+def test_two_builds_are_equal_but_for_the_signature(app, programs, packages, tmp_path, monkeypatch):
+    (tmp_path / "android").mkdir()
+    for name in read_lock():
+        (tmp_path / "android" / name).symlink_to(cache_root() / "android" / name)
+    monkeypatch.setenv("CALIB_NB_CACHE", str(tmp_path))
+    photos = next((programs / "drawn").rglob("images"))
+    again = build_app([programs / "int8.pte", programs / "fp32.pte"], tmp_path / "b.apk", photos=photos, progress=False)
+    assert (again.steps.result == "made").all()
+    assert again.unsigned.read_bytes() == app.unsigned.read_bytes()
+    assert again.apk.read_bytes() != app.apk.read_bytes()  # another debug key
+
+
+@pytest.mark.slow
+def test_ones_own_keystore_signs(programs, packages, tmp_path, monkeypatch):
+    words = [
+        "-alias",
+        "own",
+        "-keyalg",
+        "RSA",
+        "-dname",
+        "CN=Own",
+        "-storepass",
+        "a secret",
+        "-keystore",
+        tmp_path / "own.p12",
+    ]
+    subprocess.run(["keytool", "-genkeypair", *words], check=True, capture_output=True)
+    monkeypatch.setenv(PASSWORD, "a secret")
+    options = AppOptions(keystore=tmp_path / "own.p12")
+    build = build_app([programs / "int8.pte"], tmp_path / "own.apk", options=options, progress=False)
+    line = ["apksigner", "verify", "--print-certs", "--min-sdk-version", "26", build.apk]
+    assert "CN=Own" in subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setenv(PASSWORD, "wrong")
+    with pytest.raises(CalibError, match="step sign failed"):
+        build_app([programs / "fp32.pte"], tmp_path / "own.apk", options=options, progress=False)
+    assert "secret" not in Path(build.steps.set_index("step").folder["sign"], "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_source_is_one_line_with_its_log(packages, programs, tmp_path, monkeypatch):
+    copy = tmp_path / "android"
+    shutil.copytree(android_sources(), copy)
+    values = copy / "app/src/main/res/values/strings.xml"
+    values.write_text(values.read_text().replace('name="start"', 'name="begin"'))
+    monkeypatch.setattr("calib_nb.android.build.android_sources", lambda: copy)
+    with pytest.raises(CalibError, match=r"step resources failed: .*string/start.*; its log: .*resources\.txt"):
+        build_app([programs / "int8.pte"], tmp_path / "app.apk", progress=False)
+
+
+@pytest.mark.slow
+def test_the_jvms_result_is_laid_beside_the_pcs(jvm, native, programs, tmp_path):
+    """The app's engine writes result.json in the JVM; the comparison reads it as it would read a phone's."""
+    photos = load_coco(demo_checkpoints().coco).table.path[:12]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in photos:
+        image = decode(path)
+        (folder / f"{Path(path).stem}.png").write_bytes(encode_png(image))
+    junit(jvm, "JvmRun", native=native, programs=programs, photos=folder, result=tmp_path / "result.json")
+    comparison = compare_phone(tmp_path / "result.json", programs / "int8.pte", folder)
+    assert comparison.within_step and len(comparison.table) == 12
+    assert comparison.table.same_tags.mean() >= 0.9  # a score on the threshold itself may fall to either side
+    assert comparison.phone["backends"] == ["XnnpackBackend"] and comparison.times.run.phone > 0

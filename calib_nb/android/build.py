@@ -274,7 +274,7 @@ def compile_app(steps: BuildSteps, packages: Mapping[str, Path], linked: Librari
         call(["javac", "--release", "8", "-nowarn", "-Xlint:-options", "-d", folder / "classes", *files])
 
     source |= {"java": sha256_folder(main / "java")}
-    classes = steps.run("java", key | source, java, probe="classes/nb/calib/tagger/R.class") / "classes"
+    classes = steps.run("java-classes", key | source, java, probe="classes/nb/calib/tagger/R.class") / "classes"
     lib, stdlib = packages["kotlin"] / "package/lib", packages["kotlin"] / "package/lib/kotlin-stdlib.jar"
 
     def kotlin(folder, call):
@@ -282,7 +282,10 @@ def compile_app(steps: BuildSteps, packages: Mapping[str, Path], linked: Librari
         call(command)
 
     source |= {"kotlin": sha256_folder(main / "kotlin"), "compiler": lock["kotlin"].sha256, "jars": linked.hashes}
-    compiled = steps.run("kotlin", key | source, kotlin, probe="classes/nb/calib/tagger/MainActivity.class") / "classes"
+    compiled = (
+        steps.run("kotlin-classes", key | source, kotlin, probe="classes/nb/calib/tagger/MainActivity.class")
+        / "classes"
+    )
 
     def dex(folder, call):
         d8 = ["java", *_FAST, "-cp", next(packages["d8"].rglob("*.jar")), "com.android.tools.r8.D8"]
