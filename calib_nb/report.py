@@ -504,9 +504,9 @@ def save_metrics(run: RunFolder, table: pd.DataFrame) -> Path:
 
 def show_table(table: pd.DataFrame, caption: str = ""):
     """A table for display: numbers to four significant digits, no index, cells escaped. Source: pandas' Styler."""
-    style = table.style.hide(axis="index").format(
-        lambda v: f"{v:.4g}" if isinstance(v, float) else v, na_rep="", escape="html"
-    )
+    style, times = table.style.hide(axis="index"), [c for c in table.columns if "latency" in str(c)]
+    for subset, missing in ((None, ""), (times, "not measurable here")):
+        style.format(lambda v: f"{v:.4g}" if isinstance(v, float) else v, subset, missing, escape="html")
     return style.set_caption(caption) if caption else style
 
 

@@ -113,7 +113,7 @@ def copy_set(
         images,
         images,
         plan,
-        ("its images are links out of the folder, which config and verify do not follow; hardlink or copy serves them",)
+        ("its images are links: they are read here as long as the source folder stays; a copy can be moved",)
         if link == "symlink"
         else (),
         parameters,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core.errors import InputError, require_known
+from ..core.settings import read_yaml
 
 BITS = range(2, 17)  # what a profile may describe; what is written is checked where it is written
 
@@ -165,14 +166,9 @@ def read_profile(path: str | Path) -> Profile:
 
     Source: pydantic for the types.
     """
-    import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        problem = f"profile {path} cannot be read: {' '.join(str(e).split())}"
-        raise InputError(problem, expected="a YAML file", fix="check the path") from e
+    raw = read_yaml(path)
     known = [f.name for f in fields(Profile)]
     if not isinstance(raw, dict):
         fix = f"its keys are {', '.join(known)}"
