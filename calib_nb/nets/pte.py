@@ -159,6 +159,18 @@ def backend_table():
     return pd.DataFrame([*rows, *_TRIED], columns=["backend", "runs_on", "lowers", "runs_here", "needs"])
 
 # %% ../../nbs/nets/05_pte.ipynb #cell-18
+def _marker(path: Path) -> Path:
+    """The file that says that a program with these bytes has run here."""
+    version = importlib.metadata.version("executorch")
+    return cache_root() / "programs" / f"{sha256_file(path)}-{version}"
+
+
+def _remember(marker: Path) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+
+
 def write_pte(program, path: str | Path, *, backend: str = "xnnpack", notes: Mapping[str, str] | None = None) -> Path:
     """Lower a torch.export program for a backend and write it, atomically.
 
@@ -204,18 +216,6 @@ method = program.load_method("forward")
 method.execute([torch.zeros(method.metadata.input_tensor_meta(0).sizes())])
 """
 _MOST_BYTES, _MOST_SECONDS = 4_000_000_000, 300
-
-
-def _marker(path: Path) -> Path:
-    """The file that says that a program with these bytes has run here."""
-    version = importlib.metadata.version("executorch")
-    return cache_root() / "programs" / f"{sha256_file(path)}-{version}"
-
-
-def _remember(marker: Path) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
 
 
 def survive_program(path: str | Path) -> None:
