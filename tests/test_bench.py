@@ -333,7 +333,7 @@ def test_no_face_anywhere_leaves_numbers_out_and_the_table_whole(small, tmp_path
         ({"model": "nowhere.onnx"}, "nowhere.onnx"),
         ({"model": demo_detector()}, "face embedding network"),
         ({"pairs": "nowhere.txt"}, "no such pairs file"),
-        ({"lfw_dir": "nowhere"}, "no pair has both photos"),
+        ({"lfw_dir": "nowhere"}, "no pair has both images"),
         ({"undetected": "ignore"}, "unknown policy 'ignore'"),
         ({"batch_size": "0"}, "batch-size"),
         ({"methods": f"yunet={demo_embedder()}"}, "is this a YuNet"),

@@ -394,7 +394,7 @@ def test_what_is_missing_or_malformed_is_named(tmp_path, caplog):
     for text, message in (
         ("", "begins with"),
         ("hello\n", "begins with"),
-        ("1\nX 1 2\nX 1 Y 2\n", "no pair has both photos"),
+        ("1\nX 1 2\nX 1 Y 2\n", "no pair has both images"),
     ):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(InputError, match=message):

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..core.errors import ImageError, InputError, ModelError, require_known
+from ..core.errors import ImageError, InputError, ModelError, require_known, shorten
 from ..core.parallel import Journal
 from ..core.run import atomic_file, read_json, versions, write_json
+from ..data.bins import require_columns
 from ..data.images import decode, encode_png, find_images
 from ..data.preprocess import preset
 from ..data.set_files import set_names
@@ -99,10 +100,10 @@ def read_map(path: str | Path, scale: float) -> np.ndarray:
     if path.suffix.lower() == ".png":
         return decode_depth(path).astype(np.float32) / np.float32(scale)
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise ImageError(f"{path} cannot be read as .npy: {e}", reason="unreadable") from e
-    side = array.shape[-2:]
+        array = np.load(path, allow_pickle=False, mmap_mode="r")  # a header cannot ask for more than the file holds
+        side = array.shape[-2:]
+    except Exception as e:  # a damaged header can fail in any way
+        raise ImageError(f"{path} cannot be read as .npy: {shorten(e, 120)}", reason="unreadable") from e
     if array.ndim not in (2, 3, 4) or not array.size or array.size != np.prod(side) or array.dtype.kind not in "fiu":
         raise ImageError(
             f"{path} has {array.dtype} {list(array.shape)}", reason="wrong shape", expected="numbers [H,W], in metres"
@@ -307,7 +308,12 @@ def _map_names_of(folder: Path, frames: Frames) -> list[list[str]]:
     keys = frames.table[["dataset_root", "filename"]]
     known = {}
     if (folder / _TABLE).is_file():
-        table = pd.read_csv(folder / _TABLE, dtype=str, keep_default_na=False)
+        try:
+            table = pd.read_csv(folder / _TABLE, dtype=str, keep_default_na=False)
+            require_columns(table, "dataset_root", "filename", "name")
+        except (ValueError, InputError) as e:
+            fix = "infer again, or remove it: maps are then looked up by the frames' names"
+            raise InputError(f"{folder / _TABLE} cannot be read: {shorten(e, 120)}", fix=fix) from e
         known = {(r.dataset_root, r.filename): [r.name] for r in table.itertuples(index=False)}
     flat = [os.path.splitext(name)[0] for name in frame_names(keys)]
     return [
@@ -337,7 +343,9 @@ def score_maps(
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}", expected="a folder of depth maps")
     if (folder / _SETTINGS).is_file():
-        scale, scoring = scale or read_json(folder / _SETTINGS)["scale"], replace(scoring, output="depth")
+        settings = read_json(folder / _SETTINGS)
+        own = settings.get("scale") if isinstance(settings, dict) else None
+        scale, scoring = scale or (own if isinstance(own, int | float) else None), replace(scoring, output="depth")
     if scale is not None and not (np.isfinite(scale) and scale > 0):
         raise InputError(f"the scale is {scale}", expected="numbers per metre, above 0")
     files = [find_map(folder, names) for names in _map_names_of(folder, frames)]

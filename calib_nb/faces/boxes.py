@@ -8,6 +8,7 @@ __all__ = ['read_boxes', 'match_boxes', 'precision_recall', 'score_faces', 'land
 # %% ../../nbs/faces/08_boxes.ipynb #cell-2
 import logging
 import math
+import os
 import xml.parsers.expat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError
+from ..core.errors import InputError, shorten
 from ..core.run import contained, read_json
 from ..data.images import decode, probe
 from ..data.preprocess import Preprocess, preset
@@ -28,8 +29,8 @@ def _box(source: str, values: list) -> list[float]:
     """x1, y1, x2, y2 of x, y, w, h; anything but four numbers and a positive size is an error that names the source."""
     try:
         x, y, w, h = (float(v) for v in values)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"{source}: {str(values)[:60]} is not a box", expected="x, y, width, height") from e
+    except (TypeError, ValueError, OverflowError) as e:
+        raise InputError(f"{source}: {shorten(values, 60)} is not a box", expected="x, y, width, height") from e
     if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
         expected = "finite numbers, width and height above 0"
         raise InputError(f"{source}: box {[x, y, w, h]} has no area", expected=expected)
@@ -43,7 +44,7 @@ def _json_boxes(file: Path) -> list[tuple[str, list[float]]]:
     rows = []
     for entry in entries:
         numbers = entry["bbox"] if isinstance(entry["bbox"], list) else [entry["bbox"]]
-        rows.append((f"images/{entry['iname']}", _box(f"{file.name}, {entry['iname']}", numbers)))
+        rows.append((f"images/{entry['iname']}", _box(f"{file.name}, {shorten(entry['iname'], 60)}", numbers)))
     return rows
 
 
@@ -63,14 +64,25 @@ def _xml_boxes(file: Path) -> list[tuple[str, list[float]]]:
             image[0] = attributes.get("file", "")
         elif tag == "box" and attributes.get("ignore", "0") != "1":
             numbers = [attributes.get(k) for k in ("left", "top", "width", "height")]
-            rows.append((image[0], _box(f"{file.name}, {image[0]}", numbers)))
+            rows.append((image[0], _box(f"{file.name}, {shorten(image[0], 60)}", numbers)))
 
     parser.StartDoctypeDeclHandler, parser.StartElementHandler = refuse, start
     try:
         parser.Parse(file.read_bytes(), True)
-    except xml.parsers.expat.ExpatError as e:
+    except (xml.parsers.expat.ExpatError, ValueError, LookupError) as e:  # the last for an encoding nobody knows
         raise InputError(f"{file.name} is not valid XML: {e}", fix="correct it, or remove it from the folder") from e
     return rows
+
+
+def _image_of(folder: Path, file: Path, name: str) -> Path:
+    """The image that a label names, below the folder; Windows' separators are read as they are meant."""
+    try:
+        image = contained(folder, file.parent.resolve() / name)
+        if "\\" in name and not os.path.isfile(image):
+            image = contained(folder, file.parent.resolve() / name.replace("\\", "/"))
+    except (ValueError, OSError) as e:
+        raise InputError(f"{file.name}: {shorten(name, 60)} names no image", fix="correct the label") from e
+    return image
 
 
 def read_boxes(folder: str | Path) -> pd.DataFrame:
@@ -92,8 +104,8 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
         raise InputError(f"no such folder: {folder}", expected="labelled images", fix="check the path")
     for file in sorted([*folder.rglob("ground-truth.json"), *folder.rglob("*.xml")]):
         for name, box in _json_boxes(file) if file.suffix == ".json" else _xml_boxes(file):
-            image = contained(folder, file.parent.resolve() / name)
-            rows.append((image.relative_to(folder.resolve()).as_posix(), image.is_file(), *box))
+            image = _image_of(folder, file, name)
+            rows.append((image.relative_to(folder.resolve()).as_posix(), os.path.isfile(image), *box))
     table = pd.DataFrame(rows, columns=["path", "there", "x1", "y1", "x2", "y2"])
     if absent := sorted(set(table.loc[~table["there"].astype(bool), "path"])):
         _log.warning("%d labelled images are not there, %s first", len(absent), absent[0])

@@ -8,7 +8,10 @@ __all__ = ['parse_pair', 'Pairs', 'read_pairs', 'hold_out', 'accuracy_best_thres
 
 # %% ../../nbs/faces/11_verification.ipynb #cell-2
 import csv
+import itertools
 import logging
+import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +20,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError
-from ..data.images import decode, find_images
+from ..core.errors import InputError, shorten
+from ..data.images import EXTENSIONS, decode, find_images
 from ..data.preprocess import preset
 
 _log = logging.getLogger(__name__)
+_MOST_BYTES = 100_000_000  # of a pairs file; LFW's has 0.2 MB
 
 # %% ../../nbs/faces/11_verification.ipynb #cell-9
 def parse_pair(line: str) -> tuple[str, str, bool]:
@@ -42,7 +46,7 @@ def parse_pair(line: str) -> tuple[str, str, bool]:
     if len(words) not in (3, 4):
         raise ValueError("3 or 4 words expected")
     (a, i), (b, j) = (words[0], words[1]), (words[-2] if len(words) == 4 else words[0], words[-1])
-    if not (i.isdecimal() and j.isdecimal()):
+    if not all(word.isdecimal() and len(word) < 10 for word in (i, j)):
         raise ValueError("an image's number is missing")
     if any("/" in name or "\\" in name or name.startswith(".") for name in (a, b)) or (a == b and int(i) == int(j)):
         raise ValueError("not two images")
@@ -80,7 +84,7 @@ def _lfw_rows(file: Path, lines: list[str]) -> tuple[list, list, int, int]:
     """Rows (first, second, same, None), lines that cannot be read, folds, and pairs of each kind that are promised."""
     header, *lines = lines
     words, comma = header.split(), file.suffix.lower() == ".csv"
-    if not comma and (not all(word.isdigit() for word in words) or not 1 <= len(words) <= 2):
+    if not comma and (not all(w.isdecimal() and len(w) < 10 for w in words) or not 1 <= len(words) <= 2):
         expected, fix = "the number of pairs, or '10 300'", "is it an LFW pairs file?"
         raise InputError(f"{file.name} begins with {header[:40]!a}", expected=expected, fix=fix)
     rows, malformed = [], []
@@ -91,32 +95,60 @@ def _lfw_rows(file: Path, lines: list[str]) -> tuple[list, list, int, int]:
         try:
             rows.append((*parse_pair(line), None))
         except ValueError as e:
-            malformed.append(f"line {number}: {e}: {line.strip()[:60]}")
+            malformed.append(f"line {number}: {e}: {shorten(line, 60)}")
     folds = 10 if comma or len(words) == 1 else int(words[0])
     return rows, malformed, folds, 0 if comma else int(np.prod([int(word) for word in words]))
 
 
 def _named_row(row: dict) -> tuple[str, str, bool, int | None]:
     """One row of a CSV with named columns; ValueError says why not."""
-    first, second = (PurePosixPath((row[key] or "").strip()) for key in ("first", "second"))
+    first, second = (PurePosixPath((row[key] or "").strip().replace("\\", "/")) for key in ("first", "second"))
     outside = any(path.is_absolute() or ".." in path.parts or not path.name for path in (first, second))
     if outside or first == second:
         raise ValueError("not two images")
     same = {"1": True, "true": True, "0": False, "false": False}.get((row["same"] or "").strip().lower())
     if same is None:
         raise ValueError("same is neither 1 nor 0")
-    return first.as_posix(), second.as_posix(), same, int(row["fold"]) if row.get("fold") else None
+    fold = int(row["fold"]) if row.get("fold") else None
+    if fold is not None and not 0 <= fold < 10**6:
+        raise ValueError("fold is no small whole number")
+    return first.as_posix(), second.as_posix(), same, fold
 
 
 def _named_rows(lines: list[str]) -> tuple[list, list, int, int]:
     """As `_lfw_rows`, of a CSV with the columns first, second, same and perhaps fold."""
-    rows, malformed = [], []
-    for number, row in enumerate(csv.DictReader(lines), 2):
+    rows, malformed, reader = [], [], csv.reader(lines)
+    names = [name.strip() for name in next(reader)]
+    while True:
         try:
-            rows.append(_named_row(row))
-        except ValueError as e:
-            malformed.append(f"line {number}: {e}: {','.join(str(v) for v in row.values())[:60]}")
-    return rows, malformed, 10, 0
+            row = dict(zip(names, itertools.chain(next(reader), itertools.repeat(""))))
+            rows.extend([_named_row(row)] if any(row.values()) else [])
+        except StopIteration:
+            return rows, malformed, 10, 0
+        except (ValueError, csv.Error) as e:  # the second for a field of more than 131,072 characters
+            malformed.append(f"line {reader.line_num}: {e}: {shorten(lines[reader.line_num - 1], 60)}")
+
+
+def _image_names(images: Path, wanted: set[str]) -> dict[str, str]:
+    """The file that each wanted name means: itself, or else the image of the same person and number."""
+    there, names = {}, {}
+    for name in sorted(wanted):
+        if os.path.isfile(images / name):
+            names[name] = name
+            continue
+        folder, _, file = name.rpartition("/")
+        if folder not in there:
+            entries = sorted(os.listdir(images / folder)) if os.path.isdir(images / folder) else []
+            there[folder] = {_number(entry): entry for entry in entries[::-1] if entry.lower().endswith(EXTENSIONS)}
+        if (other := there[folder].get(_number(file))) is not None:
+            names[name] = f"{folder}/{other}" if folder else other
+    return names
+
+
+def _number(file: str) -> str:
+    """What names a person's image whatever its ending and its zeros: Ann_7 of Ann_0007.jpg and Ann_07.PNG."""
+    stem = file.rpartition(".")[0]
+    return re.sub(r"_0*(\d+)$", r"_\1", stem)
 
 
 def _with_folds(rows: list, folds: int) -> list:
@@ -147,23 +179,35 @@ def read_pairs(file: str | Path, images: str | Path) -> Pairs:
     file, images = Path(file), Path(images)
     if not file.is_file():
         raise InputError(f"no such pairs file: {file}", fix="check the path")
+    if file.stat().st_size > _MOST_BYTES:
+        raise InputError(f"{file} has {file.stat().st_size / 1e6:,.0f} MB", expected="a pairs file of at most 100 MB")
     lines = file.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff").splitlines() or [""]
     columns = {word.strip() for word in lines[0].split(",")} if file.suffix.lower() == ".csv" else set()
     named = {"first", "second", "same"} <= columns
     rows, malformed, folds, promised = _named_rows(lines) if named else _lfw_rows(file, lines)
+    if malformed and not rows:
+        what, expected = (
+            f"{file.name}: no line can be read as a pair; {malformed[0]}",
+            "'name i j' or 'name1 i name2 j'",
+        )
+        raise InputError(what, expected=expected, fix="correct the lines, or name the columns first,second,same")
     matched = sum(row[2] for row in rows)
     if promised and not malformed and (matched, len(rows) - matched) != (promised, promised):
         text = "%s promises %d pairs of each kind and holds %d matched, %d mismatched"
         _log.warning(text, file.name, promised, matched, len(rows) - matched)
     table = pd.DataFrame(_with_folds(rows, folds), columns=["first", "second", "same", "fold"])
-    missing = {p for p in {*table["first"], *table["second"]} if not (images / p).is_file()}
+    wanted = {*table["first"], *table["second"]}
+    names = _image_names(images, wanted)
+    missing = wanted - set(names)
     table = table[~(table["first"].isin(missing) | table["second"].isin(missing))].reset_index(drop=True)
     if table.empty:
-        expected, fix = "Name/Name_0001.jpg there", "check the images folder"
-        raise InputError(f"{file.name}: no pair has both photos below {images}", expected=expected, fix=fix)
+        expected, fix = "Name/Name_0001.jpg there, or .png and so on", "check the images folder"
+        what = f"{file.name}: no pair has both images below {images}"
+        raise InputError(f"{what}, {min(missing)} is missing" if missing else what, expected=expected, fix=fix)
+    table = table.assign(first=table["first"].map(names), second=table["second"].map(names))
     return Pairs(table, images, tuple(sorted(missing)), tuple(malformed))
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-22
+# %% ../../nbs/faces/11_verification.ipynb #cell-24
 def hold_out(pairs: Pairs, num_calibration: int, seed: int = 0) -> tuple[Pairs, list[str]]:
     """Set people aside for calibration, with as few pairs dropped as a greedy choice finds.
 
@@ -207,7 +251,7 @@ def hold_out(pairs: Pairs, num_calibration: int, seed: int = 0) -> tuple[Pairs, 
         raise InputError(what, expected="fewer", fix="name a folder of other images for calibration")
     return replace(pairs, table=table), sorted(path for person in held for path in photos[person])
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-29
+# %% ../../nbs/faces/11_verification.ipynb #cell-31
 def _cuts(similarity, same):
     """Order, similarities and labels by falling similarity, and after which positions a threshold can be (0: above)."""
     order = np.argsort(-np.asarray(similarity, np.float64), kind="stable")
@@ -249,7 +293,7 @@ def accuracy_best_threshold(similarity: np.ndarray, same: np.ndarray) -> tuple[f
     best = _best(right)
     return float(right[best] / len(y)), float(_threshold(s, cuts[best]))
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-32
+# %% ../../nbs/faces/11_verification.ipynb #cell-34
 def _by_folds(similarity, same, fold):
     """Order and labels by falling similarity, fold of each; pairs right [cuts, folds]; cuts; best cut on the others."""
     order, s, y, cuts = _cuts(similarity, same)
@@ -304,7 +348,7 @@ def kfold_thresholds(similarity: np.ndarray, same: np.ndarray, fold: np.ndarray)
     thresholds[order] = np.array([_threshold(s, cut) for cut in cuts[best]])[index]
     return thresholds
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-38
+# %% ../../nbs/faces/11_verification.ipynb #cell-40
 def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """FAR and TAR (0-1) at every threshold from the highest down, ties taken together, from (0, 0) to (1, 1).
 
@@ -343,7 +387,7 @@ def tar_at_far(similarity: np.ndarray, same: np.ndarray, far: float) -> float:
     rate, tar = roc(similarity, same)
     return float(tar[rate <= far].max())
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-46
+# %% ../../nbs/faces/11_verification.ipynb #cell-48
 def cosine_pairs(embeddings: Mapping[str, np.ndarray], table: pd.DataFrame) -> np.ndarray:
     """Cosine similarity of every pair.
 
@@ -359,7 +403,7 @@ def cosine_pairs(embeddings: Mapping[str, np.ndarray], table: pd.DataFrame) -> n
     unit = {path: np.ravel(e) / max(float(np.linalg.norm(e)), 1e-12) for path, e in embeddings.items()}
     return np.array([float(unit[a] @ unit[b]) for a, b in zip(table["first"], table["second"])])
 
-# %% ../../nbs/faces/11_verification.ipynb #cell-49
+# %% ../../nbs/faces/11_verification.ipynb #cell-51
 class VerificationTask:
     """Verification of pairs, as a task for `compare`.
 
