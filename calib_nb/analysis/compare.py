@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, ModelError
 from ..core.similarity import decibels, similarity
 from ..data.images import decode
-from ..graph.contract import open_session
+from ..graph.contract import model_mb, open_session
 from ..graph.model import Graph
 from ..quant.observe import network_input
 from ..quant.quantize import FLOOR_DB, with_settings
@@ -461,7 +461,7 @@ def compare_models(
     times = latency(sessions, task.load(task.samples[0]), runs=options.latency_runs)
     rows = []
     for name, path in paths.items():
-        size = {"int8_share": int8_share(path), "size_mb": path.stat().st_size / 1e6}
+        size = {"int8_share": int8_share(path), "size_mb": model_mb(path)}
         known = budget, output_db(outputs["float"], outputs[name])
         row = _row(task, units, labels, name, known, options)
         rows.append(row | size | dict(times.loc[name]) | {"threads": options.threads})
