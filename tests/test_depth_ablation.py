@@ -17,8 +17,8 @@ from calib_nb.data.images import decode
 from calib_nb.data.preprocess import Preprocess, preset
 from calib_nb.depth.ablation import (
     AblationOptions,
+    AblationTrial,
     Limits,
-    Trial,
     ablation_table,
     calibration_trials,
     check_held_out,
@@ -146,9 +146,9 @@ def test_sets_that_meet_are_refused(demo, pool, held_out, tmp_path):
     copied = tmp_path / "renamed.png"
     copied.write_bytes(held_out.images[0].read_bytes())
     with pytest.raises(InputError, match="1 of the"):
-        check_held_out([Trial("x", demo.model, (*pool.images[:3], copied))], task)
+        check_held_out([AblationTrial("x", demo.model, (*pool.images[:3], copied))], task)
     with pytest.raises(InputError, match="twice"):
-        check_held_out([Trial("x", demo.model, (pool.images[0], pool.images[0]))], task)
+        check_held_out([AblationTrial("x", demo.model, (pool.images[0], pool.images[0]))], task)
 
 
 def test_repairs_close_the_gap_that_unequal_channels_open(demo, pool, held_out, tmp_path):
@@ -187,7 +187,9 @@ def test_train_evaluate_compare_from_the_shell(demo, pool, tmp_path):
         and list((tmp_path / "run/tensorboard").iterdir())
     ), begun.stderr
     again = calib_nb("depth", "train", *args, "--output-dir", "run", "--width", 0.125, "--epochs", 1, cwd=tmp_path)
-    assert again.returncode == 2 and "resume" in again.stderr and len(again.stderr.strip().splitlines()) == 1
+    assert again.returncode == 0, again.stderr  # the same command goes on, and nothing is left to do
+    other = calib_nb("depth", "train", *args, "--output-dir", "run", "--width", 0.125, "--epochs", 2, cwd=tmp_path)
+    assert other.returncode == 2 and "is of another training" in other.stderr
     scored = calib_nb("depth", "evaluate", "--model", demo.model, "--dataset-root", demo.root)
     assert scored.returncode == 0 and "abs_rel" in scored.stdout and "near" in scored.stdout, scored.stderr
     same = calib_nb(
@@ -199,6 +201,10 @@ def test_train_evaluate_compare_from_the_shell(demo, pool, tmp_path):
         tmp_path / "run/depth.onnx",
         "--dataset-root",
         demo.root,
+        "--good",
+        9,
+        "--borderline",
+        9,
         "--budget",
         0.001,
         "--output",

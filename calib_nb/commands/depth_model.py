@@ -343,8 +343,8 @@ def compare(
 
 def _refuse_calibrated(root: Path, calibration_split: Path, float_model: Path, task) -> None:
     """`InputError` when a frame of the calibration split is scored."""
-    from calib_nb.depth.ablation import Trial, check_held_out
+    from calib_nb.depth.ablation import AblationTrial, check_held_out
     from calib_nb.depth.copy import usable_images
 
     images = tuple(root / path for path in usable_images(root, calibration_split)["path"])
-    check_held_out([Trial("calibration", float_model, images)], task)
+    check_held_out([AblationTrial("calibration", float_model, images)], task)
