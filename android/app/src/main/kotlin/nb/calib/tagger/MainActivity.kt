@@ -14,11 +14,12 @@ import android.widget.RadioButton
 import android.widget.RadioGroup
 import android.widget.TextView
 import java.io.File
+import java.io.IOException
 
 /** The one screen: choose program and images, start, read the result. All work is [ModelBenchmark]'s, on a thread. */
 class MainActivity : Activity() {
     private val benchmark by lazy { ModelBenchmark(applicationContext) }
-    private var program: ProgramFile? = null
+    @Volatile private var program: ProgramFile? = null
     private var photos: List<Photo> = emptyList()
     private var worker: Thread? = null
     @Volatile private var stopped = false
@@ -31,6 +32,7 @@ class MainActivity : Activity() {
         view<Button>(R.id.start).setOnClickListener { if (worker == null) start() else stopped = true }
         val device = benchmark.device()
         text(R.id.device, getString(R.string.device_line, device.maker, device.model, device.chip, device.android, device.abi))
+        last?.let { showReport(it.first, it.second, it.third) } // dark mode and language make the screen again
         work {
             val files = benchmark.programs()
             val there = benchmark.photos()
@@ -153,6 +155,7 @@ class MainActivity : Activity() {
             }
             if (report.results.isNotEmpty()) {
                 val file = benchmark.save(report, about)
+                last = Triple(report, about, file)
                 runOnUiThread { showReport(report, about, file) }
             }
         }
@@ -235,6 +238,10 @@ class MainActivity : Activity() {
             runOnUiThread { showFault(e) }
         } catch (e: OutOfMemoryError) {
             runOnUiThread { showFault(Refusal(Fault.OUT_OF_MEMORY)) }
+        } catch (e: IOException) {
+            runOnUiThread { showFault(Refusal(Fault.NOT_SAVED, e.message.orEmpty())) }
+        } catch (e: RuntimeException) {
+            runOnUiThread { showFault(Refusal(Fault.RUN_FAILED, e.toString())) }
         } finally {
             runOnUiThread { finally() }
         }
@@ -248,6 +255,9 @@ class MainActivity : Activity() {
         const val PROGRAM = 1
         const val PHOTOS = 2
         const val ROWS = 200
+
+        /** The last result, for a screen that Android makes again. */
+        @Volatile var last: Triple<Report, Map<String, Any?>, File>? = null
         val HEAT = intArrayOf(
             R.string.heat_0, R.string.heat_1, R.string.heat_2, R.string.heat_3, R.string.heat_4, R.string.heat_5,
             R.string.heat_6,
