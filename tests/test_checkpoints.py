@@ -23,7 +23,7 @@ from calib_nb.tags.config import TrainConfig
 from calib_nb.tags.network import load_tagger
 from calib_nb.tags.train import train_tagger
 
-FEW, MANY = 50, 1000
+FEW, MANY, WHOLE = 50, 1000, 250  # the last for whole networks, which take half a second each
 
 
 def coco_set(folder: Path, images: int = 4) -> Path:
@@ -194,12 +194,12 @@ def test_a_whole_checkpoint_still_resumes(tagging, depth, tmp_path):
 @pytest.mark.slow
 def test_junk_in_a_tagging_checkpoint_is_one_line(tagging, tmp_path):
     config, last = tagging
-    junk_never_escapes(read_checkpoint(last), lambda path: resume_tagging(config, path), tmp_path / "last.pth", MANY)
+    junk_never_escapes(read_checkpoint(last), lambda path: resume_tagging(config, path), tmp_path / "last.pth", WHOLE)
 
 
 @pytest.mark.slow
 def test_junk_in_a_depth_checkpoint_is_one_line(depth, tmp_path):
-    junk_never_escapes(read_checkpoint(depth), resume_depth, tmp_path / "checkpoint.pt", MANY)
+    junk_never_escapes(read_checkpoint(depth), resume_depth, tmp_path / "checkpoint.pt", WHOLE)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "2019"])

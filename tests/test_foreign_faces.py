@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.depth.ncdb import read_depth, read_split
 from calib_nb.depth.predict import read_map
-from calib_nb.faces.boxes import read_boxes
+from calib_nb.faces.bench import bench
+from calib_nb.faces.boxes import DetectionTask, read_boxes
 from calib_nb.faces.verification import read_pairs
 
 FEW, MANY = 50, 1000
@@ -269,3 +270,15 @@ def test_any_split_file_is_read_or_refused(tmp_path, examples):
             one_line(e)
 
     check()
+
+
+def test_images_whose_faces_have_one_size_are_one_slice(tmp_path):
+    folder = boxes(tmp_path, [{"iname": "a.png", "bbox": [0, 0, 4, 4]}])
+    task = DetectionTask(folder, read_boxes(folder), input_size=(32, 32))
+    assert task.slices().face_size.tolist() == ["4 px"]
+
+
+def test_a_benchmark_without_two_kinds_of_pairs_is_one_line(tmp_path):
+    pairs = pairs_file(tmp_path, "first,second,same\nAnn/Ann_0001.jpg,Ann/Ann_0002.jpg,1\n", "pairs.csv")
+    with pytest.raises(InputError, match="1 pairs of 1 kinds in 1 folds; expected pairs of one person and of two"):
+        bench(tree(tmp_path / "images"), pairs, ["yunet"], None, tmp_path / "out")

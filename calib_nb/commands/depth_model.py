@@ -327,7 +327,9 @@ def compare(
     comparison = compare_models(float_model, models, task, budget=budget, threads=threads, seed=seed)
     columns = ["model", "abs_rel", "rmse", "a1", "drop", "drop_low", "drop_high", "size_mb", "latency_ms"]
     table = comparison.table[[*columns, "worst_slice", "worst_slice_drop"]]
+    failed = comparison.table[comparison.table["verdict"].isin(("over budget", "unusable"))]
     table = table.assign(verdict=comparison.table["abs_rel"].map(limits.verdict))
+    table.loc[failed.index[failed["verdict"] == "unusable"], "verdict"] = "unusable"
     if output:
         with atomic_file(output) as f:
             table.to_csv(f, index=False)
@@ -336,9 +338,9 @@ def compare(
         what = f"the float network itself is bad: abs_rel {table['abs_rel'][0]:.3g}, and --borderline is {borderline:g}"
         fix = "is it --depth-scale, --output-is, --median-scaling, or the network? Else state --good and --borderline"
         raise CheckFailed(what, fix=fix)
-    if over := comparison.table.loc[comparison.table["verdict"] == "over budget", "model"].tolist():
+    if len(failed):
         fix = "calib-nb quantize --method auto, or other calibration images: calib-nb depth split"
-        raise CheckFailed(f"over the budget of {budget:g}: {', '.join(over)}", fix=fix)
+        raise CheckFailed(", ".join(f"{row.model} is {row.verdict}" for row in failed.itertuples()), fix=fix)
 
 
 def _refuse_calibrated(root: Path, calibration_split: Path, float_model: Path, task) -> None:

@@ -154,3 +154,8 @@ def _show_bench(result, output_dir: Path) -> None:
             typer.echo(f"{what}: {count}")
     for what, part in (("results", "results.csv"), ("charts", "figures"), ("errors", "errors")):
         typer.echo(f"{what}: {output_dir / part}")
+    if result.main["accuracy"].isna().all():
+        from calib_nb.core.errors import CheckFailed
+
+        what = f"no detector leaves pairs of one person and of two, in two folds, to score ({result.undetected})"
+        raise CheckFailed(what, expected="faces in both images of a pair", fix="--undetected crop, or other detectors")

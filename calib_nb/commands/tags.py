@@ -39,7 +39,12 @@ def train(
         Path | None, typer.Option(metavar="CK.pth", help="The last.pth of a training to continue.")
     ] = None,
     qat: Annotated[
-        bool, typer.Option("--qat", help="Train with rounded weights and activations (LSQ), from a float checkpoint.")
+        bool,
+        typer.Option(
+            "--qat",
+            help="Train with rounded weights and activations (LSQ), from a float checkpoint; in qat/ of an output that "
+            "holds the float training.",
+        ),
     ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FP32.pth", help="With --qat: the float checkpoint to start from.")

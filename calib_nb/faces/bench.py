@@ -138,6 +138,9 @@ class BenchOptions:
 def _checked_pairs(pairs: str | Path | Pairs, images: str | Path) -> Pairs:
     """The pairs; what was left out of them is logged."""
     pairs = pairs if isinstance(pairs, Pairs) else read_pairs(pairs, images)
+    if pairs.table["same"].nunique() < 2 or pairs.table["fold"].nunique() < 2:
+        what = f"{len(pairs)} pairs of {pairs.table['same'].nunique()} kinds in {pairs.table['fold'].nunique()} folds"
+        raise InputError(what, expected="pairs of one person and of two, in at least two folds", fix="name more pairs")
     for what, names in (
         ("images of pairs that do not exist", pairs.missing),
         ("lines of the pairs file that cannot be read", pairs.malformed),

@@ -299,6 +299,8 @@ class DetectionTask:
         """One row per image: face_size, its third of the images by the median size of their labelled faces (px)."""
         areas = [(b[:, 2:] - b[:, :2]).prod(axis=1) for b in self.truth.values()]
         sizes = pd.Series([float(np.median(np.sqrt(area))) for area in areas])
+        if sizes.nunique() == 1:
+            return pd.DataFrame({"face_size": sizes.map(lambda size: f"{size:.0f} px")})
         thirds = pd.qcut(sizes, 3, duplicates="drop", precision=0)
         return pd.DataFrame({"face_size": thirds.map(lambda third: f"{third.left:.0f} to {third.right:.0f} px")})
 
