@@ -239,42 +239,43 @@ def evaluate(
     threads: _Threads = 2,
 ):
     """Metrics of a network, or of depth maps, on a split; --size is for a checkpoint, an ONNX file has its own."""
+    import tempfile
+
+    from calib_nb.analysis.compare import run_model
     from calib_nb.core.errors import InputError
     from calib_nb.depth.frames import read_frames
     from calib_nb.depth.predict import score_maps, scores_by_range
+    from calib_nb.graph.contract import open_session
     from calib_nb.report import text_table
 
     if (model is None) == (pred_dir is None):
         raise InputError("a model and maps" if model else "nothing to score", expected="--model FILE or --pred-dir DIR")
     scoring = _scoring(min_depth, max_depth, crop, median_scaling, output_is)
-    frames = read_frames(dataset_root, split_file, scenes=scene or (), scale=depth_scale)
+    with tempfile.TemporaryDirectory() as folder:  # the model first: it is what is wrong most often
+        network = _as_onnx(model, Path(folder), size) if model else None
+        session = open_session(network, threads) if network else None
+        frames = read_frames(dataset_root, split_file, scenes=scene or (), scale=depth_scale)
+        if session:
+            task = _task(frames, network, config, scoring)
+            outputs = run_model(session, task)
+            units = task.units(outputs, outputs)
     if pred_dir is not None:
         own = (pred_dir / "predictions.json").is_file()
         scores = score_maps(pred_dir, frames, scale=pred_scale or (None if own else depth_scale), scoring=scoring)
         for row in scores.missing.itertuples():
             typer.echo(f"note: {row.dataset_root} {row.filename}: {row.reason}", err=True)
         units = scores.units
-    else:
-        units = _model_units(model, frames, config, size, scoring, threads)
     typer.echo(text_table(scores_by_range(units)))
 
 
-def _model_units(model: Path, frames, config: Path | None, size: tuple[int, int], scoring, threads: int):
-    """One row of metrics per frame; a checkpoint is exported first."""
-    import tempfile
+def _as_onnx(model: Path, folder: Path, size: tuple[int, int]) -> Path:
+    """An ONNX file; a checkpoint is exported into the folder."""
+    if model.suffix != ".pt":
+        return model
+    from calib_nb.depth.train import load_network
+    from calib_nb.graph.export import export_onnx
 
-    from calib_nb.analysis.compare import run_model
-    from calib_nb.graph.contract import open_session
-
-    with tempfile.TemporaryDirectory() as folder:
-        if model.suffix == ".pt":
-            from calib_nb.depth.train import load_network
-            from calib_nb.graph.export import export_onnx
-
-            model = export_onnx(load_network(model), Path(folder) / "depth.onnx", size, outputs=("depth",))
-        task = _task(frames, model, config, scoring)
-        outputs = run_model(open_session(model, threads), task)
-    return task.units(outputs, outputs)
+    return export_onnx(load_network(model), folder / "depth.onnx", size, outputs=("depth",))
 
 # %% ../../nbs/commands/06_depth_model.ipynb #cell-19
 @app.command(
