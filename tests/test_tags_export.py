@@ -199,5 +199,15 @@ def test_the_command_line(files, tmp_path):
         app, ["predict", str(files / "photos/images/000001.jpg"), "--pte", str(pte), "--threshold", "0"]
     )
     assert said.exit_code == 0 and "disc" in said.output
+    words = [
+        "--calibration-images",
+        str(files / "photos/images"),
+        "--calibration-samples",
+        "6",
+        "--output",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "float.pth"), "--int8", *words])
+    assert done.exit_code == 0 and (tmp_path / "resnet18_multilabel_int8_xnnpack.pte").exists(), done.exception
     wrong = CliRunner().invoke(app, ["export", "--checkpoint", str(files / "float.pth"), "--int8", "--qat"])
     assert wrong.exception.exit_code == 2
