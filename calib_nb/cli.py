@@ -197,15 +197,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # Those that keep what they have done; the others begin again, which leaves the same result.
-_GOES_ON = ("prepare", "faces bench", "depth infer", "depth metadata", "tags train", "tags download", "models fetch")
+_GOES_ON = (
+    *("prepare", "faces bench", "depth infer", "depth metadata", "depth train", "tags train", "tags download"),
+    "models fetch",
+)
 
 
 def _go_on(words: list[str]) -> str:
     """What to do after Ctrl-C."""
-    command = _command(words).strip()
-    if command == "depth train":
-        return "the same command with --resume goes on behind the last whole epoch"
-    if command in _GOES_ON:
+    if _command(words).strip() in _GOES_ON:
         return "the same command goes on where this one stopped"
     return "nothing half-written is left, and the same command begins again"
 

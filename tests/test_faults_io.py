@@ -322,7 +322,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     [
         ("prepare", "goes on where"),
         ("depth infer", "goes on where"),
-        ("depth train", "--resume goes on"),
+        ("depth train", "goes on where"),
         ("tags train", "goes on where"),
     ]
     + [(command, "begins again") for command in ("quantize", "verify", "report", "depth compare")],
