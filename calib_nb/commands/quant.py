@@ -42,9 +42,9 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="auto: the recipe (equalize, correct biases, choose ranges, keep the worst nodes in float); thorough: "
-            "AdaRound too, which takes minutes; all: the best range method; or one of minmax, ema, kl, percentile, "
-            "iqr, mse.",
+            help="auto: the recipe (equalize, absorb and correct biases, keep the worst nodes in float, choose ranges "
+            "tensor by tensor); thorough: AdaRound too, which takes minutes; all: the best range method; or one of "
+            "minmax, ema, kl, percentile, iqr, mse.",
             autocompletion=_method_names,
         ),
     ] = "auto",

@@ -167,14 +167,15 @@ def bound_ranges(graph: Graph, ranges: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A copy, cut where a Relu, Clip, Min or Max alone reads a tensor.
     """
-    cut = ranges.copy()
-    for name in cut.index:
+    ends = ranges[["low", "high"]].to_numpy(np.float64, copy=True)
+    for row, name in enumerate(ranges.index):
         current, low, high = name, -np.inf, np.inf
         while (reader := graph.only_consumer(current)) is not None and reader.op_type in _BOUNDED:
             least, most = _lets_through(graph, reader)
             low, high, current = max(low, least), min(high, most), reader.output[0]
-        cut.loc[name, ["low", "high"]] = np.clip(cut.loc[name, ["low", "high"]].to_numpy(np.float64), low, high)
-    return cut
+        if current != name:
+            ends[row] = np.clip(ends[row], low, high)
+    return ranges.assign(low=ends[:, 0], high=ends[:, 1])
 
 # %% ../../nbs/quant/10_bias_clip.ipynb #cell-34
 _LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
