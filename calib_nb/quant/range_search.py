@@ -327,7 +327,7 @@ def _windows(places: Sequence[int]) -> list[list[int]]:
     return windows
 
 
-_DIVIDED = 20  # cells that methods divide most, which are changed first
+_DIVIDED = 32  # cells that methods divide most, which are changed first
 
 
 def _order(graph: Graph, cells: Sequence[_Cell], methods: Collection[str]) -> list[list[int]]:
