@@ -129,7 +129,13 @@ fetch_model(model, sys.argv[1], timeout=30, progress=False)
 """
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     deadline = time.monotonic() + 30
-    while not any(p.stat().st_size for p in tmp_path.iterdir()):
+
+    def begun() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # the partial file is moved about
+            return any(p.stat().st_size for p in tmp_path.iterdir())
+        return False
+
+    while not begun():
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
