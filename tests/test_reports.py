@@ -23,6 +23,7 @@ SLOW = [pytest.param(name, marks=() if name == "npu-config" else pytest.mark.slo
 # The recipe, and ExecuTorch programs, take longer than all the rest of a report: `quantize` shows the one, slow tests
 # the other.
 QUICK = {
+    "depth": {"recipe": "all"},
     "tags": {"pte": False, "method": "minmax", "profiles": "ort-cpu"},
     "face-alignment": {"method": "minmax", "drift_images": 10},
     "yunet": {"method": "minmax"},
