@@ -107,6 +107,8 @@ def _cells(path: Path) -> list:
     try:
         notebook = nbformat.reads(json.dumps(read_json(path)), 4)
         cells, language = notebook.cells, notebook.metadata.get("kernelspec", {}).get("language", "python")
+        if not all(isinstance(c.source, str) and isinstance(c.metadata.get("tags", []), list) for c in cells):
+            raise TypeError("a cell has no text")
     except InputError:
         raise
     except Exception as e:  # nbformat raises what its version, its schema or its JSON raise
