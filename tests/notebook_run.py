@@ -55,6 +55,7 @@ def run(path: str, pipe) -> None:
         if re.search(r"^#\|\s*eval:\s*false", cell["source"], re.M):
             texts.append([])
             continue
+        shell._cell_idx = number  # named by its traceback
         try:
             outputs = shell.run(cell["source"])
         except Exception as e:  # the shell itself
