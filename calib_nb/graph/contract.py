@@ -315,7 +315,17 @@ def _memory() -> int:
         return 0
 
 
-class BoundedSession:
+class _Session:
+    """An `InferenceSession` whose `run` a subclass changes."""
+
+    def __init__(self, session):
+        self.session = session
+
+    def __getattr__(self, name: str):
+        return getattr(self.session, name)
+
+
+class BoundedSession(_Session):
     """An `InferenceSession` of a model with a loop; a run that takes too long or too much memory is ended.
 
     Args:
@@ -327,10 +337,8 @@ class BoundedSession:
     """
 
     def __init__(self, session, seconds: float = LOOP_SECONDS, memory: int = LOOP_BYTES):
-        self.session, self.seconds, self.memory = session, seconds, memory
-
-    def __getattr__(self, name: str):
-        return getattr(self.session, name)
+        super().__init__(session)
+        self.seconds, self.memory = seconds, memory
 
     def run(self, outputs, inputs, options=None) -> list:
         """As `InferenceSession.run`.
@@ -372,7 +380,7 @@ class BoundedSession:
                 return
 
 
-class Float32Session:
+class Float32Session(_Session):
     """An `InferenceSession` of a float16 or float64 model that takes float32, and gives it.
 
     Args:
@@ -380,12 +388,6 @@ class Float32Session:
     """
 
     _TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-
-    def __init__(self, session):
-        self.session = session
-
-    def __getattr__(self, name: str):
-        return getattr(self.session, name)
 
     def run(self, outputs, inputs, options=None) -> list:
         """As `InferenceSession.run`, with any float type.
