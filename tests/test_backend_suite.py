@@ -63,7 +63,7 @@ def folder_case(folder):
 
 @functools.cache
 def node_cases():
-    """The cases of single operators, which the package makes anew."""
+    """The cases of single operators, which the package makes again."""
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings():

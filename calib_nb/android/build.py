@@ -329,7 +329,7 @@ def signing_key(steps: BuildSteps, keystore: str | Path | None) -> tuple[Path, s
         keystore: One's own, or None.
 
     Returns:
-        (the file, its password as apksigner is told it).
+        (the file, its password as apksigner reads it).
 
     Raises:
         InputError: One's own is missing, or its password is not in the environment.

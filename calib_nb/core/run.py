@@ -370,7 +370,7 @@ def read_json(path: str | Path, *, max_mb: float = 64, max_depth: int = 100) -> 
 
 
 def _deeper(value: object, depth: int) -> bool:
-    """Whether lists and dicts stand in one another more than `depth` deep."""
+    """Whether lists and dicts are nested more than `depth` deep."""
     level = [value]
     for _ in range(depth + 1):
         level = [v for v in level if isinstance(v, dict | list)]

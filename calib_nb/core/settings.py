@@ -37,7 +37,7 @@ def _measure(node, known: dict, depth: int = 0) -> tuple[int, int]:
 
 
 def _too_deep() -> InputError:
-    return InputError("lists and mappings stand in one another too deep", expected=f"at most {DEEPEST} levels")
+    return InputError("lists and mappings are nested too deep", expected=f"at most {DEEPEST} levels")
 
 # %% ../../nbs/core/11_settings.ipynb #cell-11
 def _loader():
