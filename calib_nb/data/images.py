@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER_PICTURES', 'MOST_SCANS', 'LONGEST_SIDE', 'find_images', 'passed_over', 'name_counts',
-           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'encode_png', 'contact_sheet']
+           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'encode_png', 'contact_sheet']
 
 # %% ../../nbs/data/01_images.ipynb #cell-2
 import contextlib
@@ -336,12 +336,28 @@ def decode(path: str | Path, *, max_megapixels: float = 64) -> np.ndarray:
 
     Source: libjpeg-turbo (simplejpeg), OpenCV, Pillow.
     """
-    data = read_image_bytes(path, max_megapixels=max_megapixels)
+    return decode_bytes(read_image_bytes(path, max_megapixels=max_megapixels), path, max_megapixels=max_megapixels)
+
+
+def decode_bytes(data: bytes, name: str | Path, *, max_megapixels: float = 64) -> np.ndarray:
+    """Decode the bytes of an image file, which may stand in another file; `name` is what errors call it.
+
+    Args:
+        data: All bytes of the image file.
+        name: Its path, or where it stands.
+        max_megapixels: As of `decode`.
+
+    Returns:
+        As of `decode`.
+
+    Raises:
+        ImageError: As of `decode`.
+    """
     if data.startswith(b"\xff\xd8\xff"):
-        return _decode_jpeg(path, data, max_megapixels)
+        return _decode_jpeg(name, data, max_megapixels)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        _check_png(path, data, max_megapixels)
-    return _decode_other(path, data, max_megapixels)
+        _check_png(name, data, max_megapixels)
+    return _decode_other(name, data, max_megapixels)
 
 
 def _decode_jpeg(path, data: bytes, max_megapixels: float) -> np.ndarray:
@@ -435,7 +451,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return image if flip is None else cv2.flip(image, flip)
 
-# %% ../../nbs/data/01_images.ipynb #cell-26
+# %% ../../nbs/data/01_images.ipynb #cell-28
 def encode_png(bgr: np.ndarray) -> bytes:
     """Encode uint8 [H, W, 3] BGR (or [H, W] gray) as the bytes of a PNG file."""
     return cv2.imencode(".png", bgr)[1].tobytes()
