@@ -19,6 +19,7 @@ FLOORS = (
     "quant npu",
     "analysis nets",
     "faces depth tags",
+    "training",
     "android",
     "api report",
     "commands",
@@ -35,6 +36,8 @@ TORCH_MODULES = {
     "depth.unequal",
     "faces.edgenext",
     "nets.lsq",
+    "training.margins",
+    "training.partial_fc",
 }
 SOURCES = sorted(p for p in NBS.rglob("*.ipynb") if re.match(r"\d\d_", p.name) and ".ipynb_checkpoints" not in p.parts)
 RUNNABLE = sorted(p for folder in ("reports", "explore", "benchmarks") for p in (NBS / folder).glob("*.ipynb"))
