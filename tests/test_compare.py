@@ -22,7 +22,7 @@ from calib_nb.analysis.compare import (
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.similarity import similarity
 from calib_nb.graph.build import network
-from calib_nb.graph.contract import open_session
+from calib_nb.graph.contract import open_session, session_threads
 
 fixed = settings(derandomize=True)
 finite = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -198,7 +198,7 @@ def test_a_comparison_has_its_columns(models, task):
     ]
     assert not comparison.passed
     assert (
-        comparison.table.threads.eq(2).all()
+        comparison.table.threads.eq(session_threads(2)).all()
         and (comparison.table.latency_ms.isna() | comparison.table.latency_ms.gt(0)).all()
         and {k: len(u) for k, u in comparison.units.items()} == {"float": 40, "near": 40, "far": 40}
     )

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, ModelError
 from ..core.similarity import decibels, similarity
 from ..data.images import decode
-from ..graph.contract import model_mb, open_session
+from ..graph.contract import model_mb, open_session, session_threads
 from ..graph.model import Graph
 from ..quant.observe import network_input
 from ..quant.quantize import FLOOR_DB, with_settings
@@ -464,7 +464,7 @@ def compare_models(
         size = {"int8_share": int8_share(path), "size_mb": model_mb(path)}
         known = budget, output_db(outputs["float"], outputs[name])
         row = _row(task, units, labels, name, known, options)
-        rows.append(row | size | dict(times.loc[name]) | {"threads": options.threads})
+        rows.append(row | size | dict(times.loc[name]) | {"threads": session_threads(options.threads)})
     return Comparison(pd.DataFrame(rows), units, task.primary, budget)
 
 # %% ../../nbs/analysis/01_compare.ipynb #cell-47

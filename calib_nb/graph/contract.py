@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_digest', 'model_mb', 'read_contract',
-           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'Float32Session', 'open_session']
+           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'Float32Session', 'session_threads',
+           'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
 import functools
 import hashlib
 import logging
 import mmap
+import os
 import re
 import shlex
 import threading
@@ -406,6 +408,19 @@ class Float32Session(_Session):
         return [r.astype(np.float32) if getattr(r, "dtype", None) in other else r for r in results]
 
 
+def session_threads(threads: int) -> int:
+    """Threads for a session of ONNX Runtime: those asked for, and no more than `OMP_NUM_THREADS` where that is set.
+
+    Args:
+        threads: Threads asked for, at least 1.
+
+    Returns:
+        At least 1.
+    """
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(threads, int(limit))) if limit.isdecimal() else threads
+
+
 def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
     """An `onnxruntime.InferenceSession` of an ONNX file.
 
@@ -425,7 +440,8 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
 
     require_known(device, ("auto", "cpu", "cuda"), "device")
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.intra_op_num_threads, options.inter_op_num_threads = session_threads(threads), 1
+    options.log_severity_level = 3
     available = "CUDAExecutionProvider" in ort.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if available and device != "cpu" else []
     try:

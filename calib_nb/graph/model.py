@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import ModelError
 from ..core.run import atomic_file
-from .contract import read_contract, runtime_reason, single_input
+from .contract import read_contract, runtime_reason, session_threads, single_input
 from .normal import normal_form, open_shapes, reads
 
 _log = logging.getLogger(__name__)
@@ -449,7 +449,8 @@ def _session(model, threads: int, optimize: bool):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    options.intra_op_num_threads, options.inter_op_num_threads = session_threads(threads), 1
+    options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
