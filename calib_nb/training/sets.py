@@ -134,7 +134,7 @@ class FaceSet:
         wrong = np.nonzero(~((written >= 0) & (written < 2**31) & (written == np.floor(written))))[0]
         if len(wrong):
             raise InputError(
-                f"{source.name(wrong[0])} has the label {written[wrong[0]]:g}, and {len(wrong)} photos have such labels",
+                f"{source.name(wrong[0])} has the label {written[wrong[0]]:g}, one of {len(wrong)} such photos",
                 expected="whole numbers from 0",
                 fix="correct them, or pack the folder again",
             )
