@@ -9,8 +9,13 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
 
 # What most notebooks and commands import.
 PRELOAD = [
@@ -29,21 +34,36 @@ PRELOAD = [
     "pytest",
     "typer.testing",
     "pydantic",
+    "warm",
 ]
 
 
 @cache
 def server():
-    """The context whose processes are forked from the preloaded one."""
+    """The context whose processes are forked from the preloaded one, which finds its modules by PYTHONPATH alone."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    folders = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):
+        forkserver.ensure_running()
     return context
 
 
-def _command(words: list[str], folder: str, environment: dict[str, str], output: dict[int, str]) -> None:
-    os.chdir(folder)
+def start(target: Callable, *args, env: dict[str, str] | None = None):
+    """A running process with this one's environment, or with that of `env`."""
+    process = server().Process(target=_call, args=(dict(os.environ if env is None else env), target, args))
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], target: Callable, args: tuple) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    target(*args)
+
+
+def _command(words: list[str], folder: str, output: dict[int, str]) -> None:
+    os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in output.items():
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -69,9 +89,7 @@ def calib_nb(
     words = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as scratch:
         output = {number: str(Path(scratch, str(number))) for number in (1, 2)}
-        environment = dict(os.environ if env is None else env)
-        process = server().Process(target=_command, args=(words, str(cwd or os.getcwd()), environment, output))
-        process.start()
+        process = start(_command, words, str(cwd or os.getcwd()), output, env=env)
         process.join()
         texts = [Path(path).read_text(encoding="utf-8") if Path(path).exists() else "" for path in output.values()]
     return subprocess.CompletedProcess(words, process.exitcode, *texts)

@@ -51,8 +51,7 @@ def name(path: Path) -> str:
 def execute(path: Path) -> list[list[str]]:
     """What each code cell shows; the test fails with the cell that raised."""
     ours, theirs = forked.server().Pipe(duplex=False)
-    process = forked.server().Process(target=notebook_run.run, args=(str(path), theirs))
-    process.start()
+    process = forked.start(notebook_run.run, str(path), theirs)
     theirs.close()
     try:
         error, texts = ours.recv() if ours.poll(SECONDS) else (f"no end within {SECONDS} s", [])
