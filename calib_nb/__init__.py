@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .graph.fixed import fix_batch
     from .npu.compile import compile_model
     from .npu.config import generate_config, load_config, save_config
+    from .npu.prove import prove
     from .npu.verify import verify
     from .report import run_report
 
@@ -27,6 +28,7 @@ _HOMES = {
     "load_config": "npu.config",
     "save_config": "npu.config",
     "verify": "npu.verify",
+    "prove": "npu.prove",
     "read_contract": "graph.contract",
     "fix_batch": "graph.fixed",
     "quantize": "api",
@@ -50,6 +52,7 @@ __all__ = [
     "load_config",
     "prepare",
     "preset",
+    "prove",
     "quantize",
     "read_contract",
     "run_report",

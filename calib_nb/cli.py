@@ -21,6 +21,7 @@ import calib_nb.commands.depth_model
 import calib_nb.commands.faces
 import calib_nb.commands.models
 import calib_nb.commands.npu
+import calib_nb.commands.proof
 import calib_nb.commands.quant
 import calib_nb.commands.tags
 
@@ -130,7 +131,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Any command takes --quiet (no progress bars) "
     "and --debug (a traceback).",
 )
-_parts = (calib_nb.commands.npu.app, calib_nb.commands.quant.app, _own)
+_parts = (calib_nb.commands.npu.app, calib_nb.commands.proof.app, calib_nb.commands.quant.app, _own)
 # Words whose commands stand behind them.
 _groups = {
     "depth": calib_nb.commands.depth.app,
