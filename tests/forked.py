@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -62,34 +63,52 @@ def _call(environment: dict[str, str], target: Callable, args: tuple) -> None:
     target(*args)
 
 
-def _command(words: list[str], folder: str, output: dict[int, str]) -> None:
+def start_script(code: str, *words: object, cwd=None, env: dict[str, str] | None = None, output: Path | None = None):
+    """A running process of Python code, with `words` behind its name in sys.argv.
+
+    Its standard output and errors go to the files 1 and 2 in the folder `output`, or nowhere.
+    """
+    files = {n: os.devnull if output is None else str(output / str(n)) for n in (1, 2)}
+    return start(_script, code, [str(word) for word in words], str(cwd or os.getcwd()), files, env=env)
+
+
+def _script(code: str, words: list[str], folder: str, files: dict[int, str]) -> None:
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in output.items():
+    for number, path in files.items():
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-    from calib_nb.cli import main
-
+    sys.argv, status = ["-c", *words], 0
     try:
-        code = main(words)
+        exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except BaseException:  # as the interpreter ends: a traceback and 1
         traceback.print_exc()
-        code = 1
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(status)
 
 
-def calib_nb(
-    *words: object, cwd: str | Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """One command line behind `calib-nb`, in a process; its standard output and errors are texts."""
-    import tempfile
-
-    words = [str(word) for word in words]
+def script(code: str, *words: object, cwd=None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Python code run to its end in a process; its standard output and errors are texts."""
     with tempfile.TemporaryDirectory() as scratch:
-        output = {number: str(Path(scratch, str(number))) for number in (1, 2)}
-        process = start(_command, words, str(cwd or os.getcwd()), output, env=env)
+        process = start_script(code, *words, cwd=cwd, env=env, output=Path(scratch))
         process.join()
-        texts = [Path(path).read_text(encoding="utf-8") if Path(path).exists() else "" for path in output.values()]
+        texts = [
+            file.read_text(encoding="utf-8") if file.exists() else "" for file in map(Path(scratch).joinpath, "12")
+        ]
     return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+
+def calib_nb(*words: object, cwd=None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """One command line behind `calib-nb`, in a process; its standard output and errors are texts."""
+    return script("import sys; from calib_nb.cli import main; sys.exit(main(sys.argv[1:]))", *words, cwd=cwd, env=env)
+
+
+def kill(process) -> int:
+    """End a process as `kill -9` does; its exit status."""
+    process.kill()
+    process.join()
+    return process.exitcode

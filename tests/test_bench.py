@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -195,21 +193,18 @@ def test_a_file_of_fixed_batch_gives_the_same(small, tmp_path):
 def test_a_killed_run_continues_where_it_stopped(small, tmp_path):
     words = [*command(small, tmp_path), "--batch-size", "4", "--num-workers", "1"]
     code = "import sys; from calib_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, *words]
     journal = tmp_path / "journals" / f"yunet-{demo_detector().stem}.jsonl"
-    slow = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start_script(code, *words)
     until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until and process.is_alive():
         if journal.is_file() and journal.read_bytes().count(b"\n") > 8:
             break
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    forked.kill(process)
     before = journal.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
     assert before.count(b"\n") > 8
-    resumed = subprocess.run(words, env=slow, capture_output=True, text=True)
+    resumed = forked.script(code, *words)
     assert resumed.returncode == 0, resumed.stderr
     after = journal.read_bytes()
     assert after.startswith(before) and after.count(b"\n") == 1 + len(read_pairs(small[1], small[0]).photos)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -344,18 +345,12 @@ def many(tmp_path_factory):
 
 def killed_when(ready, source, output, seed) -> bool:
     """Start a run and kill it -9 as soon as `ready` says so; False when it ended before."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PREPARE, str(source), str(output), str(seed)], env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    try:
-        while process.poll() is None:
-            if ready():
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.0005)
-        return process.wait() == -signal.SIGKILL
-    finally:
-        process.kill()
+    process = forked.start_script(PREPARE, source, output, seed)
+    while process.is_alive():
+        if ready():
+            break
+        time.sleep(0.0005)
+    return forked.kill(process) == -signal.SIGKILL
 
 
 def test_kill_9_leaves_the_old_set_or_none_and_the_next_run_goes_on(many, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -344,27 +343,18 @@ m.save_metadata(found, sys.argv[4])
 
 def test_a_killed_run_goes_on_and_ends_the_same(drawn, tmp_path):
     root, _, found = drawn
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(root),
-        str(tmp_path / "journal"),
-        str(tmp_path / "seen"),
-        str(tmp_path / "m.csv"),
-    ]
-    process = subprocess.Popen(command)
-    while process.poll() is None and not (tmp_path / "journal").is_file():
+    words = [root, *(tmp_path / name for name in ("journal", "seen", "m.csv"))]
+    process = forked.start_script(KILLED, *words)
+    while process.is_alive() and not (tmp_path / "journal").is_file():
         time.sleep(0.02)
     until = time.monotonic() + 30
     while time.monotonic() < until and (tmp_path / "journal").read_bytes().count(b"\n") < 12:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    forked.kill(process)
     assert not (tmp_path / "m.csv").exists()
     kept = (tmp_path / "journal").read_bytes().count(b"\n") - 1
     (tmp_path / "seen").write_text("")
-    subprocess.run(command, check=True)
+    assert forked.script(KILLED, *words).returncode == 0
     pd.testing.assert_frame_equal(load_metadata(tmp_path / "m.csv"), found.table)
     computed = (tmp_path / "seen").read_text().split()
     entries = len(read_split(root / "train_split.json").entries)

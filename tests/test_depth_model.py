@@ -2,13 +2,13 @@
 
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pytest
 import torch
@@ -554,13 +554,12 @@ def test_a_killed_training_goes_on(tmp_path):
         "from test_depth_model import Ramps, DepthTraining, DepthNet, train_depth",
         "train_depth(DepthNet(0.125), Ramps(), DepthTraining(epochs=60, batch=4), folder=sys.argv[1], progress=False)",
     ))  # fmt: skip
-    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")])
+    run = forked.start_script(code, tmp_path / "run")
     checkpoint, stop = tmp_path / "run" / "checkpoint.pt", time.monotonic() + 60
     while not checkpoint.is_file() and time.monotonic() < stop:
         time.sleep(0.05)
     time.sleep(0.3)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    forked.kill(run)
     content = load_depth_checkpoint(checkpoint)  # whole, whenever the kill came
     assert 1 <= len(content["history"]) < 60 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (
         1,

@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import cv2
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -160,13 +158,12 @@ p.predict_depth(sys.argv[1], sys.argv[2], sys.argv[3], split_file=sys.argv[4], p
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(demo, predicted, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(demo.model), str(demo.root), str(tmp_path / "maps"), SPLIT]
-    process, until = subprocess.Popen(command), time.monotonic() + 60
+    process = forked.start_script(KILLED, demo.model, demo.root, tmp_path / "maps", SPLIT)
+    until = time.monotonic() + 60
     journal = tmp_path / "maps" / "predictions.journal"
     while time.monotonic() < until and not (journal.is_file() and journal.read_bytes().count(b"\n") > 4):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    forked.kill(process)
     assert not (tmp_path / "maps/predictions.csv").exists()
     for path in (tmp_path / "maps").glob("*.npy"):
         assert np.load(path).shape == (64, 96)  # whole, whenever the kill came

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from calib_nb.core.run import sha256_file
@@ -41,15 +42,12 @@ def places(tmp_path_factory):
 
 def test_python_and_shell_of_the_readme_write_the_same_bytes(places):
     python, shell = places
-    done = subprocess.run(
-        [sys.executable, "-c", block("python")], cwd=python, env=QUIET, capture_output=True, text=True
-    )
+    done = forked.script(block("python"), cwd=python, env=QUIET)
     assert done.returncode == 0 and "sqnr_db" in done.stdout, done.stderr
     for line in block("sh").strip().splitlines():
         words = shlex.split(line)
         if words[1] != "report":  # the report wants pairs of faces
-            command = [sys.executable, "-m", "calib_nb", *words[1:]]
-            done = subprocess.run(command, cwd=shell, env=QUIET, capture_output=True, text=True)
+            done = forked.calib_nb(*words[1:], cwd=shell, env=QUIET)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     written = [sha256_file(folder / "edgeface_int8.onnx") for folder in places]
     assert written[0] == written[1]
