@@ -9,6 +9,7 @@ import sys
 import time
 import tracemalloc
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from scipy.interpolate import interp1d
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
+from calib_nb.cli import main
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.data.images import encode_png
 from calib_nb.faces.bin_scores import insightface_scores, verify_bin
@@ -453,3 +455,33 @@ def test_ijb_c_fits_a_gigabyte_and_goes_on_after_kill_9(tmp_path):
     )
     assert gigabytes <= 1 and (genuine + impostor, store.stat().st_size) == (pairs, 256 + photos * 1024 * 4)
     assert tar == sorted(tar) and 0.05 < tar[-1] < 0.15  # embeddings say nothing here
+
+
+def test_quality_of_faces_chooses_a_calibration_set(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), rng.integers(0, 256, (64, 64, 3), np.uint8))
+    scores = tmp_path.with_name("scores.csv")
+    words = [
+        "faces",
+        "quality",
+        "--source-dir",
+        str(tmp_path),
+        "--model",
+        str(demo_embedder()),
+        "--output",
+        str(scores),
+    ]
+    assert main(words) == 0
+    table = pd.read_csv(scores, dtype={"path": str})
+    crops = [cv2.imread(str(tmp_path / f"{k}.png")) for k in range(6)]
+    assert np.allclose(table.magnitude, np.linalg.norm(Embedder(demo_embedder())(crops), axis=1), rtol=1e-4)
+    assert table.quality.rank().equals(table.magnitude.rank())
+    output = tmp_path.with_name("set")
+    words = ["prepare", "--source-dir", str(tmp_path), "--output-dir", str(output), "--scores", str(scores)]
+    assert main([*words, "--num-samples", "2", "--quality-threshold", "80"]) == 0
+    best = table.sort_values("quality").path.tail(2)
+    assert sorted(file.name for file in output.glob("*.png")) == sorted(best)
+    table.head(3).to_csv(scores, index=False)
+    assert main([*words, "--overwrite"]) == 2 and "has no quality for 3 images" in capsys.readouterr().err
+    assert sorted(file.name for file in output.glob("*.png")) == sorted(best)

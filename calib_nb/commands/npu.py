@@ -47,6 +47,13 @@ def prepare(
     against: Annotated[
         Path | None, typer.Option(help="A validation folder: images that are also there are never chosen.")
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with path and quality (0-100) of each image, in the place of the built-in quality; for faces as "
+            "calib-nb faces quality writes it."
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse when there are too few candidates.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that holds something else.")
@@ -56,7 +63,7 @@ def prepare(
     from calib_nb.data import dataset
     from calib_nb.data.images import name_counts
 
-    options = {"link": link, "dedupe": dedupe, "against": against, "strict": strict}
+    options = {"link": link, "dedupe": dedupe, "against": against, "scores": scores, "strict": strict}
     options["quality_threshold"] = quality_threshold
     chosen = dataset.prepare(
         source_dir,

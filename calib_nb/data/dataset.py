@@ -22,7 +22,7 @@ from ..core.run import atomic_folder
 from .duplicates import group_near, hash_images, leaks
 from .images import EXTENSIONS, find_images, passed_over
 from .sample import DEFAULT_THRESHOLD, Selection, check_strategy, select_images, strategy_options
-from .score import ScoreConfig, score_folder
+from .score import ScoreConfig, replace_quality, score_folder
 from calib_nb.data.set_files import (
     PreparedSet,
     is_calibration_set,
@@ -198,6 +198,7 @@ class PrepareOptions:
         dedupe: Choose among one image of each group of near-duplicates.
         against: Validation folder; images that also stand there are never chosen.
         score_config: Weights and constants of the quality.
+        scores: CSV of path and quality (0 to 100), which replaces the quality; see `replace_quality`.
         extensions: Endings of the images.
         workers: Number of threads; default all cores.
     """
@@ -208,6 +209,7 @@ class PrepareOptions:
     dedupe: bool = False
     against: str | Path | None = None
     score_config: ScoreConfig | None = None
+    scores: str | Path | None = None
     extensions: Sequence[str] = EXTENSIONS
     workers: int | None = None
 
@@ -274,6 +276,8 @@ def _pool(source: Path, options: PrepareOptions, journal: Path, progress: bool) 
     run = {"workers": options.workers, "progress": progress}
     config = options.score_config or ScoreConfig()
     pool = score_folder(source, config, extensions=options.extensions, journal=journal, **run)
+    if options.scores is not None:
+        pool = replace_quality(pool, options.scores)
     if not options.dedupe and options.against is None:
         return pool, None
     usable = list(pool.loc[pool["error"] == "", "path"])
@@ -304,4 +308,5 @@ def _recorded(source: Path, options: PrepareOptions, asked: dict) -> dict:
         "against": None if options.against is None else str(Path(options.against).resolve()),
         "extensions": list(options.extensions),
         "score_config": asdict(options.score_config or ScoreConfig()),
+        "scores": None if options.scores is None else str(Path(options.scores).resolve()),
     }

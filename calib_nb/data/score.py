@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE_METRICS', 'COLOR_GRID', 'SCORE_COLUMNS', 'ScoreConfig', 'measure_quality', 'scores', 'score_image',
-           'measure_file', 'score_folder', 'plot_scores']
+           'measure_file', 'score_folder', 'replace_quality', 'plot_scores']
 
 # %% ../../nbs/data/05_score.ipynb #cell-2
 import dataclasses
@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core.errors import ImageError, InputError
+from ..core.errors import ImageError, InputError, shorten
 from ..core.parallel import parallel_map
 from ..core.run import versions
 from .images import EXTENSIONS, decode, find_images
@@ -265,6 +265,38 @@ def score_folder(
     return table
 
 # %% ../../nbs/data/05_score.ipynb #cell-39
+def replace_quality(table: pd.DataFrame, scores: str | Path) -> pd.DataFrame:
+    """A score table with the qualities of a CSV file.
+
+    Args:
+        table: As of `score_folder`.
+        scores: CSV with the columns path (as in the table) and quality (0 to 100), and any others.
+
+    Returns:
+        A copy with these qualities; rows with an error keep NaN.
+
+    Raises:
+        InputError: The file is missing or malformed, or an image that can be used has no quality there.
+    """
+    if not os.path.isfile(scores):
+        raise InputError(f"no such file: {scores}", expected="a CSV with the columns path and quality")
+    try:
+        given = pd.read_csv(scores, usecols=["path", "quality"], dtype={"path": str, "quality": float})
+    except ValueError as e:
+        what = f"{scores} cannot be read: {shorten(e)}"
+        raise InputError(what, expected="a CSV with the columns path and quality") from e
+    if given["path"].duplicated().any() or not given["quality"].dropna().between(0, 100).all():
+        raise InputError(
+            f"{scores} names an image twice, or has a quality out of range", expected="0 to 100, each once"
+        )
+    quality = table["path"].map(given.set_index("path")["quality"]).mask(table["error"] != "")
+    missing = table.loc[(table["error"] == "") & quality.isna(), "path"]
+    if len(missing):
+        what = f"{scores} has no quality for {len(missing):,} images, {shorten(missing.iloc[0])} is one"
+        raise InputError(what, expected="a row for each image", fix="score the same folder, and name images as it does")
+    return table.assign(quality=quality)
+
+# %% ../../nbs/data/05_score.ipynb #cell-43
 def plot_scores(table: pd.DataFrame, ax=None):
     """Draw box plots of the quality and the five scores, with a dot per image.
 
