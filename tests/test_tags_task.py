@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -123,12 +124,14 @@ def test_two_processes_may_fill_the_cache_at_once(tmp_path):
         "print(demo_tagger(train=32, calibration=2, val=2, size=32, epochs=1, progress=False).model)"
     )
     environment = {**os.environ, "CALIB_NB_CACHE": str(tmp_path)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True)
-        for _ in range(2)
-    ]
-    paths = {p.communicate()[0].strip() for p in both}
-    assert all(p.returncode == 0 for p in both) and len(paths) == 1 and os.path.isfile(paths.pop())
+    outputs = [tmp_path / "0", tmp_path / "1"]
+    for output in outputs:
+        output.mkdir()
+    both = [forked.start_script(code, env=environment, output=output) for output in outputs]
+    for process in both:
+        process.join()
+    paths = {(output / "1").read_text().strip() for output in outputs}
+    assert all(p.exitcode == 0 for p in both) and len(paths) == 1 and os.path.isfile(paths.pop())
     assert len(list((tmp_path / "demo_tagger").iterdir())) == 1  # nothing half made beside it
 
 

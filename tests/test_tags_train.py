@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +11,7 @@ import zipfile
 from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -61,17 +62,16 @@ def losses(history):
 
 def test_a_killed_training_ends_as_if_nothing_had_been(photos, whole, tmp_path):
     (tmp_path / "c.yaml").write_text("\n".join(s.replace("=", ": ", 1) for s in settings(photos, tmp_path / "run")))
-    command = [sys.executable, "-c", SCRIPT, "tags", "train", "--config", str(tmp_path / "c.yaml")]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["tags", "train", "--config", tmp_path / "c.yaml"]
+    process = forked.start_script(SCRIPT, *words, env=ENV)
     until = time.monotonic() + 120
-    while not (tmp_path / "run/history.csv").exists() and process.poll() is None and time.monotonic() < until:
+    while not (tmp_path / "run/history.csv").exists() and process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    forked.kill(process)
     done = read_checkpoint(tmp_path / "run/last.pth")["epoch"]  # whole, whenever the kill came
     assert 1 <= done <= 3
     shutil.copytree(tmp_path / "run", tmp_path / "moved")
-    again = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    again = forked.calib_nb(*words, env=ENV)
     assert again.returncode == 0 and "best: " in again.stdout, again.stderr
     assert np.array_equal(
         losses(pd.read_csv(tmp_path / "run/history.csv")), losses(pd.read_csv(whole.folder / "history.csv"))
@@ -100,33 +100,39 @@ def test_a_killed_training_ends_as_if_nothing_had_been(photos, whole, tmp_path):
     ]
 
 
-def test_two_processes_train_as_one_does_in_two_pieces(photos, tmp_path):
-    one = run(photos, tmp_path / "one", accumulate=2, epochs=2)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "c.yaml").write_text("")  # everything is told on the command line
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(tmp_path / "script.py"),
-        "tags",
-        "train",
-        "--config",
-        str(tmp_path / "c.yaml"),
-    ]
-    done = subprocess.run(
-        [*command, *settings(photos, tmp_path / "two", epochs=2, device="cpu")],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def by_torchrun(words: list, folder: Path) -> str:
+    (folder / "script.py").write_text(SCRIPT)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "script.py", *words]
+    done = subprocess.run([sys.executable, *map(str, command)], env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def by_its_variables(words: list, folder: Path) -> str:
+    """Two processes with the environment that torchrun gives; starting it takes longer than they do."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    outputs, processes = [folder / "0", folder / "1"], []
+    for rank, output in enumerate(outputs):
+        output.mkdir()
+        environment = ENV | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(forked.start_script(SCRIPT, *words, env=environment, output=output))
+    for process in processes:
+        process.join(300)
+    assert [p.exitcode for p in processes] == [0, 0], (outputs[0] / "2").read_text()[-2000:]
+    return "".join((output / "1").read_text() for output in outputs)
+
+
+@pytest.mark.parametrize("started_together", [by_its_variables, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does_in_two_pieces(started_together, photos, tmp_path):
+    one = run(photos, tmp_path / "one", accumulate=2, epochs=2)
+    (tmp_path / "c.yaml").write_text("")  # everything else stands on the command line
+    words = ["tags", "train", "--config", tmp_path / "c.yaml"]
+    words += settings(photos, tmp_path / "two", epochs=2, device="cpu")
+    said = started_together(words, tmp_path)
     two = pd.read_csv(tmp_path / "two/history.csv")
-    assert np.allclose(two.train_loss, one.history.train_loss, rtol=1e-4) and done.stdout.count("best: ") == 1
+    assert np.allclose(two.train_loss, one.history.train_loss, rtol=1e-4) and said.count("best: ") == 1
     halves, whole = (load_tagger(tmp_path / f"{n}/last.pth")[0].conv1.weight for n in ("two", "one"))
     assert torch.allclose(halves, whole, atol=1e-3)
 
