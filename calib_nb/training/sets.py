@@ -28,14 +28,16 @@ class FaceFolder:
 
     Args:
         root: The folder of these folders.
+        labelled: Without it photos may stand anywhere below it.
 
     Raises:
         InputError: It is missing, or a photo stands outside of the folders.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, *, labelled: bool = True):
         self.root, self.photos = Path(root), find_images(root)
-        if outside := [photo for photo in self.photos if "/" not in photo]:
+        outside = [photo for photo in self.photos if "/" not in photo]
+        if outside and labelled:
             raise InputError(f"{root} has {outside[0]} beside the folders", expected="a folder for each person")
         people = [photo.split("/")[0] for photo in self.photos]
         self.people = tuple(sorted(set(people)))
@@ -124,12 +126,17 @@ class FaceSet:
     Args:
         source: Has `labels`, `read(k)` and `name(k)`.
         people: Names, by the label as it is written; None: the labels themselves.
+        labelled: Without it every photo is of nobody, and nothing is checked.
 
     Raises:
         InputError: A label is no whole number from 0, or there are fewer than two people.
     """
 
-    def __init__(self, source, people: Sequence[str] | None = None):
+    def __init__(self, source, people: Sequence[str] | None = None, *, labelled: bool = True):
+        self.source, self.read, self.name = source, source.read, source.name
+        if not labelled:
+            self.labels, self.people = np.zeros(len(source.labels), np.int64), ("nobody",)
+            return
         written = np.asarray(source.labels)
         wrong = np.nonzero(~((written >= 0) & (written < 2**31) & (written == np.floor(written))))[0]
         if len(wrong):
@@ -143,18 +150,18 @@ class FaceSet:
             raise InputError(f"{len(written)} photos of {len(values)} people", expected="at least two people")
         if people is not None and values[-1] >= len(people):
             raise InputError(f"label {values[-1]} and {len(people)} names", fix="remove the file of names")
-        self.source, self.people = source, tuple(str(v) if people is None else people[v] for v in values)
-        self.read, self.name = source.read, source.name
+        self.people = tuple(str(v) if people is None else people[v] for v in values)
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def load_faces(path: str | Path) -> FaceSet:
+def load_faces(path: str | Path, *, labelled: bool = True) -> FaceSet:
     """Open a set; images are read when they are asked for.
 
     Args:
         path: A folder of folders, a `.rec` file, a `.tar` file, or a name with a star for several of these.
+        labelled: Without it any folder of photos will do, and people do not matter.
 
     Returns:
         The set.
@@ -164,16 +171,16 @@ def load_faces(path: str | Path) -> FaceSet:
     """
     path = Path(path)
     if path.is_dir():
-        source = FaceFolder(path)
-        return FaceSet(source, source.people)
+        source = FaceFolder(path, labelled=labelled)
+        return FaceSet(source, source.people, labelled=labelled)
     if path.suffix == ".rec":
-        return FaceSet(RecordFile(path), _names(path.with_suffix(".people.txt")))
+        return FaceSet(RecordFile(path), _names(path.with_suffix(".people.txt")), labelled=labelled)
     shards = sorted(path.parent.glob(path.name)) if path.suffix == ".tar" else []
     shards = shards or sorted(path.parent.glob(f"{path.stem}-*.tar")) if path.suffix == ".tar" else shards
     if not shards:
         raise InputError(f"no faces at {path}", expected="a folder, a .rec file or tar shards", fix="check the path")
     stem = path.stem if not any(sign in path.stem for sign in "*?[") else shards[0].stem.rpartition("-")[0]
-    return FaceSet(FaceShards(shards), _names(path.with_name(f"{stem}.people.txt")))
+    return FaceSet(FaceShards(shards), _names(path.with_name(f"{stem}.people.txt")), labelled=labelled)
 
 
 def _names(path: Path) -> tuple[str, ...] | None:
