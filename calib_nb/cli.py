@@ -24,6 +24,7 @@ import calib_nb.commands.npu
 import calib_nb.commands.proof
 import calib_nb.commands.quant
 import calib_nb.commands.tags
+import calib_nb.commands.training
 
 # %% ../nbs/03_cli.ipynb #cell-7
 _own = typer.Typer()
@@ -142,6 +143,7 @@ _groups = {
 }
 # One word for the data set and for the network.
 _groups["depth"].registered_commands.extend(calib_nb.commands.depth_model.app.registered_commands)
+_groups["faces"].registered_commands.extend(calib_nb.commands.training.app.registered_commands)
 for _part in _parts:
     app.add_typer(_part)
 for _word, _group in _groups.items():
