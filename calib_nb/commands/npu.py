@@ -94,7 +94,10 @@ _Preset = Annotated[
     ),
 ]
 _Target = Annotated[
-    str, typer.Option(help="Compiler: npu (any), or dx-com.", autocompletion=words_of("npu.config", "TARGETS"))
+    str,
+    typer.Option(
+        help="Compiler: npu (any), dx-com, or dx-com:VERSION.", autocompletion=words_of("npu.config", "TARGETS")
+    ),
 ]
 
 
@@ -119,7 +122,7 @@ def config(
     calibration_method: Annotated[
         str,
         typer.Option(
-            help="ema, minmax, iqr, kl or percentile.",
+            help="ema, minmax, iqr, kl, percentile, mse or entropy.",
             autocompletion=words_of("npu.config", "CALIBRATION_METHODS"),
         ),
     ] = "ema",
@@ -213,17 +216,46 @@ def fix_batch(
 
 @app.command("compile", epilog="Example: calib-nb compile --model yunet.onnx --config yunet.json --output compiled")
 def compile_(
-    model: Annotated[Path, typer.Option(help="ONNX file.")],
-    config: Annotated[Path, typer.Option(help="The compiler's config.")],
     output: Annotated[Path, typer.Option(help="Folder for what the compiler writes.")],
+    model: Annotated[Path | None, typer.Option(help="ONNX file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The compiler's config.")] = None,
     toolchain: Annotated[str, typer.Option(help="dx-com, generic, or a YAML file that describes another.")] = "dx-com",
     data_root: Annotated[Path | None, typer.Option(help="Folder that the config's paths may not leave.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the compiler is stopped.")] = None,
+    opt_level: Annotated[int | None, typer.Option(min=0, max=1, help="DX-COM: level of optimisation.")] = None,
+    aggressive_partitioning: Annotated[
+        bool, typer.Option("--aggressive-partitioning", help="DX-COM: more of the model on the NPU.")
+    ] = False,
+    float64_calibration: Annotated[
+        bool, typer.Option("--float64-calibration", help="DX-COM: statistics in float64.")
+    ] = False,
+    use_q_pro: Annotated[
+        bool, typer.Option("--use-q-pro", help="DX-COM: its automatic scheme, without enhanced_scheme.")
+    ] = False,
+    quant_diagnosis: Annotated[bool, typer.Option("--quant-diagnosis", help="DX-COM: a diagnosis.")] = False,
+    gen_log: Annotated[bool, typer.Option("--gen-log", help="DX-COM: a log file.")] = False,
+    export_html: Annotated[bool, typer.Option("--export-html", help="DX-COM: a page.")] = False,
+    compile_input_nodes: Annotated[str, typer.Option(help="DX-COM: first nodes, parted by commas.")] = "",
+    compile_output_nodes: Annotated[str, typer.Option(help="DX-COM: last nodes, parted by commas.")] = "",
+    checkpoint: Annotated[
+        str, typer.Option(help="DX-COM: a .qxnn to go on from, instead of --model and --config.")
+    ] = "",
+    recalibration_method: Annotated[str, typer.Option(help="With --checkpoint: minmax, ema or iqr.")] = "",
+    enhanced_scheme: Annotated[str, typer.Option(help="With --checkpoint, such as P3:num_samples=2048.")] = "",
+    dataset_path: Annotated[str, typer.Option(help="With --checkpoint: other images.")] = "",
 ):
     """Run the vendor's compiler where it is installed; print the exact command line where it is not."""
-    from calib_nb.npu.compile import compile_model
+    from dataclasses import fields
 
-    compilation = compile_model(model, config, output, toolchain=toolchain, data_root=data_root, timeout_s=timeout)
+    from calib_nb.core.errors import InputError
+    from calib_nb.npu.compile import DxComOptions, compile_model
+
+    given = locals()
+    options = DxComOptions(**{f.name: given[f.name] for f in fields(DxComOptions)})
+    if not checkpoint and (model is None or config is None):
+        raise InputError("compile what?", expected="--model and --config, or --checkpoint")
+    settings = {"toolchain": toolchain, "data_root": data_root, "timeout_s": timeout, "options": options}
+    compilation = compile_model(model, config, output, **settings)
     typer.echo(compilation)
     if compilation.exit_code:
         raise typer.Exit(compilation.exit_code)

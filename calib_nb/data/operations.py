@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_FAULTS', 'MOST_UNKNOWN', 'COLOR_FORMS', 'CV_INTERPOLATION', 'PIL_INTERPOLATION', 'Number', 'Numbers', 'NonZero',
-           'NonZeros', 'Pixels', 'MOST_MEGAPIXELS', 'MOST_AXES', 'Fault', 'explain', 'Operation', 'ConvertColor',
-           'CenterCrop', 'Resize', 'Normalize', 'Arithmetic', 'Mul', 'Div', 'Add', 'Subtract', 'Transpose', 'ExpandDim']
+           'NonZeros', 'Amount', 'NonZeroAmount', 'Pixels', 'MOST_MEGAPIXELS', 'MOST_AXES', 'Fault', 'explain',
+           'Operation', 'ConvertColor', 'CenterCrop', 'Resize', 'Normalize', 'Arithmetic', 'Mul', 'Div', 'Add',
+           'Subtract', 'Transpose', 'ExpandDim']
 
 # %% ../../nbs/data/02_operations.ipynb #cell-2
 import functools
@@ -120,10 +121,19 @@ def _numbers(value, nonzero: bool = False) -> tuple:
     return tuple(_number(v, nonzero) for v in value)
 
 
+def _amount(value, nonzero: bool = False) -> int | float | tuple:
+    """One number as it is, or a list of one per channel as a tuple; ValueError otherwise."""
+    return _numbers(value, nonzero) if isinstance(value, (list, tuple)) else _number(value, nonzero)
+
+
 Number = Annotated[int | float, BeforeValidator(_number)]
 Numbers = Annotated[tuple[int | float, ...], BeforeValidator(_numbers)]
 NonZero = Annotated[int | float, BeforeValidator(functools.partial(_number, nonzero=True))]
 NonZeros = Annotated[tuple[int | float, ...], BeforeValidator(functools.partial(_numbers, nonzero=True))]
+Amount = Annotated[int | float | tuple[int | float, ...], BeforeValidator(_amount)]
+NonZeroAmount = Annotated[
+    int | float | tuple[int | float, ...], BeforeValidator(functools.partial(_amount, nonzero=True))
+]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 MOST_MEGAPIXELS = 64  # of one image that a step makes
 MOST_AXES = 8
@@ -345,33 +355,42 @@ class Normalize(Operation):
 
 
 class Arithmetic(Operation):
-    """Base of mul, div, add and subtract: one number applied to every value, in float32.
+    """Base of mul, div, add and subtract: a number, or one for each channel, applied to every value, in float32.
 
     Args:
-        x: The number.
+        x: The number, or the numbers.
 
     Source: DX-COM manual.
     """
 
     function: ClassVar[Callable]
-    x: Number
+    x: Amount
 
     def apply(self, x, channel):
-        return type(self).function(x.astype(np.float32), np.float32(self.x))
+        return type(self).function(x.astype(np.float32), self.amount(x.shape, channel).astype(np.float32))
+
+    def amount(self, shape: tuple[int, ...], channel: int) -> np.ndarray:
+        """The numbers, float64, as they meet an array of `shape` with its channels on the axis `channel`."""
+        if not isinstance(self.x, tuple):
+            return np.float64(self.x)
+        if len(self.x) not in (1, shape[channel]):
+            what = f"{self.key} has {len(self.x)} numbers for {shape[channel]} channels"
+            raise ConfigError(what, expected="1, or one per channel", fix=f"correct {self.key}")
+        return np.float64(self.x).reshape([-1 if axis == channel else 1 for axis in range(len(shape))])
 
 
 class Mul(Arithmetic):
     """Multiply every value by a number that is not 0."""
 
     key, method, function = "mul", "mul", np.multiply
-    x: NonZero
+    x: NonZeroAmount
 
 
 class Div(Arithmetic):
     """Divide every value by a number that is not 0."""
 
     key, method, function = "div", "div", np.divide
-    x: NonZero
+    x: NonZeroAmount
 
 
 class Add(Arithmetic):

@@ -276,6 +276,7 @@ class Preprocess:
         """The least and the greatest value that any 8-bit image can reach, from the arithmetic alone."""
         steps = tuple(step for step in self.steps if isinstance(step, AFFINE))
         channels = [len(v) for step in steps if isinstance(step, Normalize) for v in (step.mean, step.std)]
+        channels += [len(step.x) for step in steps if isinstance(getattr(step, "x", 0), tuple)]
         table = _table(steps, max([1, *channels]))
         return float(table.min()), float(table.max())
 
@@ -309,7 +310,7 @@ def _undo(step: Operation, x: np.ndarray, channel: int) -> np.ndarray:
         shape = [-1 if axis == channel else 1 for axis in range(x.ndim)]
         return x * np.float64(step.std).reshape(shape) + np.float64(step.mean).reshape(shape)
     inverse = {Mul: np.divide, Div: np.multiply, Add: np.subtract, Subtract: np.add}.get(type(step))
-    return inverse(x, step.x) if inverse else x
+    return inverse(x, step.amount(x.shape, channel)) if inverse else x
 
 
 def denormalize(chain: Preprocess, tensor: np.ndarray) -> np.ndarray:

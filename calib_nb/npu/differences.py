@@ -218,9 +218,11 @@ def slips(chain: Preprocess) -> Iterator[tuple[str, tuple]]:
 def _short(step) -> str:
     if isinstance(step, Normalize):
         return "the normalisation by mean and std"
-    if step.key in ("div", "mul"):
-        return "the division by 255" if step.key == "div" and step.x == 255 else f"'{step.key} {step.x:g}'"
-    return f"'{step.key} {step.x:g}'"
+    return "the division by 255" if step.key == "div" and step.x == 255 else f"'{step.key} {_numbers(step.x)}'"
+
+
+def _numbers(x: float | tuple) -> str:
+    return f"{x:g}" if isinstance(x, (int, float)) else str(list(x))
 
 
 def _wrong(step) -> Iterator[tuple[str, tuple]]:
@@ -228,7 +230,10 @@ def _wrong(step) -> Iterator[tuple[str, tuple]]:
     if isinstance(step, Arithmetic):
         inverse = {"div": "mul", "mul": "div", "add": "subtract", "subtract": "add"}[step.key]
         other = getattr(Preprocess(), inverse)
-        yield f"'{step.key} {step.x:g}' is '{inverse} {step.x:g}'", other(step.x).steps
+        yield f"{_short(step)} is '{inverse} {_numbers(step.x)}'", other(step.x).steps
+        if isinstance(step.x, tuple):
+            turned = getattr(Preprocess(), step.key)(list(step.x[::-1])).steps
+            yield f"{_short(step)} stands in the opposite order of channels", turned
         for near in {255: (256, 128, 127.5), 127.5: (127, 128, 255), 128: (127.5, 127)}.get(step.x, ()):
             yield f"{step.key} by {near:g} instead of {step.x:g}", getattr(Preprocess(), step.key)(near).steps
         return

@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.errors import CalibError, CheckFailed, ConfigError, ModelError, shorten
 from ..data.images import find_images, name_counts
 from ..graph.contract import ModelContract, single_input
-from .config import TARGETS, CompilerConfig, check_method, config_images, dataset_folder
+from .config import DX_COM_METHODS, CompilerConfig, check_method, config_images, dataset_folder, read_target
 
 # %% ../../nbs/npu/02_findings.ipynb #cell-7
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Finding:
         where: Path in the JSON; "file" or "model" for these.
         what: What is wrong.
         fix: How to correct it.
+        dx_com: Why DX-COM may take it all the same; it is then a warning there.
     """
 
     level: str
     where: str
     what: str
     fix: str
+    dx_com: str = ""
 
     def __str__(self) -> str:
         return f"{self.level} at {self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
@@ -194,10 +196,11 @@ def check_target(method: str, target: str) -> Iterator[Finding]:
 
     Args:
         method: `calibration_method` of the config.
-        target: A key of `TARGETS`.
+        target: As in `read_target`.
 
     Yields:
-        An error for a method that the compiler does not take, a warning for one that DX-COM does not take.
+        An error for a method that the compiler does not take; a warning for one that DX-COM does not take, or that
+        only documents of a newer version name.
 
     Source: DX-COM manual.
     """
@@ -207,9 +210,12 @@ def check_target(method: str, target: str) -> Iterator[Finding]:
     except ConfigError as e:
         yield as_finding(e, where)
         return
-    if method not in TARGETS["dx-com"]:
+    if method not in DX_COM_METHODS:
         what = f"'{method}' is for other toolchains: DX-COM takes ema and minmax"
         yield Finding("warning", where, what, "keep it if your compiler takes it; check with --target dx-com")
+    elif DX_COM_METHODS[method] == "2.5" and not read_target(target)[1]:
+        what = f"'{method}' is documented since DX-COM 2.5: the manual of 2.4 names ema and minmax"
+        yield Finding("warning", where, what, "name your version to be sure, such as --target dx-com:2.5")
     if method == "iqr":
         what = "DX-COM takes 'iqr' only when it re-calibrates, or in newer versions"
         yield Finding("warning", where, what, "the nearest is 'ema'")

@@ -8,16 +8,17 @@ __all__ = ['IMAGENET_MEAN', 'VALUE_RANGES', 'color_fix', 'check_colors', 'range_
 # %% ../../nbs/npu/03_validate.ipynb #cell-2
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.errors import ConfigError, ModelError, require_known, shorten, suggest
+from ..core.errors import ConfigError, ModelError, shorten, suggest
 from ..data.operations import MOST_UNKNOWN, Arithmetic, ConvertColor, Normalize, explain
 from ..data.preprocess import PRESETS, Preprocess
 from ..graph.contract import ModelContract, read_contract
-from .config import TARGETS, CompilerConfig, Loader, QMaster, read_config_json
+from .config import CompilerConfig, Loader, QMaster, read_config_json, read_target
 from .findings import Finding, as_finding, check_images, check_inputs, check_target, recognise
 
 # %% ../../nbs/npu/03_validate.ipynb #cell-8
@@ -154,7 +155,8 @@ def _wrong_unit(chain: Preprocess, i: int, where: str) -> Finding | None:
         if later is not None:
             what, fix = f"normalize comes before {chain.steps[later].key}", f"move step {later} before step {i}"
         what += f": mean {list(step.mean)} is meant for 0..1, and the values are {low:g}..{high:g}"
-        return Finding("error", f"{where}[{i}]", what, fix)
+        dx_com = "samples of DX-COM do so without saying who divides: compare the outputs" if later is None else ""
+        return Finding("error", f"{where}[{i}]", what, fix, dx_com)
     if high - low < 10 and max(map(abs, step.mean)) > 10:
         what = f"mean {list(step.mean)} is meant for 0..255, and the values are {low:.3g}..{high:.3g}"
         return Finding("error", f"{where}[{i}]", what, "remove the div before it, or divide mean and std by 255")
@@ -191,13 +193,23 @@ def check_run(
     actual, wanted = out.shape, (1, *shape[1:])
     if actual != wanted:
         what = f"the list makes {list(actual)}; inputs says {list(wanted)}"
-        yield Finding("error", where, what, _shape_fix(actual, wanted))
+        dx_com = _LAYOUT_BY_COMPILER if actual in _unfinished(wanted) else ""
+        yield Finding("error", where, what, _shape_fix(actual, wanted), dx_com)
     if not np.isfinite(out).all():
         yield Finding("error", where, "the list makes values that are not finite", "look for a std or divisor near 0")
     takes = contract.inputs[0].dtype if contract and len(contract.inputs) == 1 else "float32"
     if takes != out.dtype.name and not (out.dtype == np.uint8 and takes.startswith("float")):
         fix = "leave the arithmetic out" if takes == "uint8" else "export the model with a float32 input"
         yield Finding("error", where, f"the list makes {out.dtype.name}; the model takes {takes}", fix)
+
+
+_LAYOUT_BY_COMPILER = "samples of DX-COM leave transpose and expandDim to the compiler, and its manual writes them"
+
+
+def _unfinished(wanted: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a list that lacks both transpose and expandDim, or the last; one that lacks the first is a slip."""
+    channels, height, width = wanted[1:]
+    return (height, width, channels), (channels, height, width)
 
 
 def _shape_fix(actual: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -253,7 +265,7 @@ def validate(
     Args:
         config: A config, its JSON object, or its file.
         model: ONNX file to hold it against.
-        target: A key of `TARGETS`.
+        target: As in `read_target`.
         data_root: Folder that the config's paths may not leave.
         base: Folder that the compiler runs in; default: the current one.
 
@@ -263,7 +275,7 @@ def validate(
     Raises:
         InputError: The target is unknown.
     """
-    require_known(target, TARGETS, "target")
+    compiler, _ = read_target(target)
     if isinstance(config, CompilerConfig):
         config = config.to_dict()
     try:
@@ -285,7 +297,23 @@ def validate(
         findings += check_images(_images_only(parts), base, data_root)
     if "preprocessings" in parts:
         findings += _check_chain(Preprocess(parts["preprocessings"]), inputs, contract)
-    return findings + list(_unknown_in_qmaster(parts.get("qmaster")))
+    findings += [*_of_samples(raw), *_unknown_in_qmaster(parts.get("qmaster"))]
+    return [_as_dx_com(finding) for finding in findings] if compiler == "dx-com" else findings
+
+
+def _as_dx_com(finding: Finding) -> Finding:
+    """What DX-COM takes is a warning that says so."""
+    if not finding.dx_com:
+        return finding
+    return replace(finding, level="warning", what=f"{finding.what}; {finding.dx_com}")
+
+
+def _of_samples(raw: dict) -> Iterator[Finding]:
+    """Errors for keys that only the vendor's samples have."""
+    for key in ("num_samples", "train_batchsize"):
+        if key in raw:
+            what = f"unknown key '{key}': no manual has it"
+            yield Finding("error", key, what, "remove it", dx_com="samples of DX-COM have it")
 
 
 def _unknown_in_qmaster(qmaster: QMaster | None) -> Iterator[Finding]:

@@ -1,0 +1,129 @@
+"""A config for any model, and what the vendor's own samples do."""
+
+import json
+import os
+import stat
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from calib_nb.core.errors import ConfigError, InputError
+from calib_nb.data.preprocess import Preprocess
+from calib_nb.graph.build import conv, sequential
+from calib_nb.npu.compile import DxComOptions, compile_model
+from calib_nb.npu.config import load_config
+from calib_nb.npu.validate import validate
+
+RGB, FIT = {"convertColor": {"form": "BGR2RGB"}}, {"resize": {"width": 64, "height": 48}}
+DIV, HALF = {"div": {"x": 255}}, {"normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+IMAGENET = {"normalize": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+CHW, BATCH = {"transpose": {"axis": [2, 0, 1]}}, {"expandDim": {"axis": 0}}
+PER_CHANNEL = [{"subtract": {"x": [123.675, 116.28, 103.53]}}, {"div": {"x": [58.395, 57.12, 57.375]}}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "images").mkdir()
+    for i in range(3):
+        cv2.imwrite(str(folder / "images" / f"{i}.jpg"), np.full((40, 60, 3), 90 * i, np.uint8))
+    sequential(conv(2, 3), shape=(1, 3, 48, 64)).save(folder / "m.onnx")
+    return folder
+
+
+def sample(place, steps, **more) -> dict:
+    loader = {"dataset_path": str(place / "images"), "file_extensions": ["jpg"], "preprocessings": steps}
+    shape = {"inputs": {"x": [1, 3, 48, 64]}, "calibration_method": "ema", "calibration_num": 3}
+    return shape | {"default_loader": loader} | more
+
+
+# What public samples of DX-COM hold: each must pass there.
+SAMPLES = {
+    "no layout": [RGB, FIT, DIV, HALF],
+    "no layout, no arithmetic": [FIT],
+    "transpose alone": [RGB, FIT, DIV, CHW],
+    "means of 0..1 on undivided values": [RGB, FIT, HALF, CHW, BATCH],
+    "ImageNet on undivided values, no layout": [RGB, FIT, IMAGENET],
+    "numbers per channel": [RGB, FIT, *PER_CHANNEL, CHW, BATCH],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_of_the_vendor_are_no_errors(name, place):
+    for more in ({}, {"num_samples": 4}, {"train_batchsize": 2, "calibration_method": "minmax"}):
+        raw = sample(place, SAMPLES[name], **more)
+        found = validate(raw, place / "m.onnx", target="dx-com")
+        assert [str(f) for f in found if f.level == "error"] == []
+        strict = [f.where for f in validate(raw, place / "m.onnx") if f.level == "error"]
+        assert strict or not set(more) & {"num_samples", "train_batchsize"}
+
+
+FAULTS = {
+    "transpose missing though expandDim is there": (sample, [RGB, FIT, DIV, BATCH], {}),
+    "another size": (sample, [RGB, {"resize": {"width": 32, "height": 32}}, DIV], {}),
+    "div after normalize": (sample, [RGB, FIT, HALF, DIV, CHW, BATCH], {}),
+    "means of 0..255 on divided values": (
+        sample,
+        [RGB, FIT, DIV, {"normalize": {"mean": [123] * 3, "std": [58] * 3}}, CHW, BATCH],
+        {},
+    ),
+    "a contradicting conversion": (sample, [{"convertColor": {"form": "RGB2BGR"}}, FIT, CHW, BATCH], {}),
+    "two numbers for three channels": (sample, [FIT, {"div": {"x": [1, 2]}}, CHW, BATCH], {}),
+    "too many images": (sample, [FIT, CHW, BATCH], {"calibration_num": 9}),
+    "batch 2": (sample, [FIT, CHW, BATCH], {"inputs": {"x": [2, 3, 48, 64]}}),
+    "kl": (sample, [FIT, CHW, BATCH], {"calibration_method": "kl"}),
+    "an unknown key": (sample, [FIT, CHW, BATCH], {"num_sample": 3}),
+    "a key of the samples that is no number": (sample, [FIT, CHW, BATCH], {"num_samples": "many"}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_real_fault_stays_an_error(name, place):
+    make, steps, more = FAULTS[name]
+    assert [f for f in validate(make(place, steps, **more), place / "m.onnx", target="dx-com") if f.level == "error"]
+
+
+def test_numbers_per_channel_equal_a_normalisation(place):
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    mean, std = PER_CHANNEL[0]["subtract"]["x"], PER_CHANNEL[1]["div"]["x"]
+    for layout in ([], [CHW], [CHW, BATCH]):
+        a = Preprocess.from_list([*layout, *PER_CHANNEL])
+        b = Preprocess.from_list([*layout, {"normalize": {"mean": mean, "std": std}}])
+        assert np.allclose(a(image), b(image), atol=1e-6) and np.allclose(a.value_range(), b.value_range())
+        assert np.array_equal(a.denormalize(a(image)), image) and Preprocess.from_list(a.to_list()) == a
+
+
+def test_a_method_is_held_against_the_version(place):
+    raw = sample(place, [FIT, CHW, BATCH], calibration_method="percentile")
+    levels = {t: [f.level for f in validate(raw, target=t)] for t in ("dx-com", "dx-com:2.5", "dx-com:2.4", "npu")}
+    assert levels == {"dx-com": ["warning"], "dx-com:2.5": [], "dx-com:2.4": ["error"], "npu": ["warning"]}
+    with pytest.raises(InputError, match="dx-com:two"):
+        validate(raw, target="dx-com:two")
+
+
+def test_options_go_on_and_added_nodes_come_back(place, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "dxcom"
+    program.parent.mkdir()
+    body = "import sys\na = sys.argv\nopen(a[a.index('-o') + 1] + '/m.dxnn', 'w').write(' '.join(a[1:]))\n"
+    program.write_text(f"#!{sys.executable}\n{body}print('Added nodes:\\n - Transpose_0\\n - Div_1')\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "c.json").write_text(json.dumps(sample(place, SAMPLES["no layout"])))
+    options = DxComOptions(opt_level=0, float64_calibration=True, compile_input_nodes="a,b")
+    made = compile_model(place / "m.onnx", tmp_path / "c.json", tmp_path / "out", options=options)
+    assert made.added == ("Transpose_0", "Div_1") and "take transpose, div out of the host's code" in str(made)
+    line = (tmp_path / "out" / "m.dxnn").read_text()
+    assert line.endswith("--float64_calibration --compile_input_nodes a,b --opt_level 0")
+    (tmp_path / "m.qxnn").write_text("x")
+    again = DxComOptions(checkpoint=tmp_path / "m.qxnn", use_q_pro=True)
+    resumed = compile_model(None, None, tmp_path / "again", options=again)
+    assert resumed.exit_code == 0 and "--checkpoint" in (tmp_path / "again" / "m.dxnn").read_text()
+    raw = sample(place, SAMPLES["no layout"], enhanced_scheme={"DXQ-P1": True})
+    (tmp_path / "c.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="exclude one another"):
+        compile_model(place / "m.onnx", tmp_path / "c.json", tmp_path / "no", options=DxComOptions(use_q_pro=True))
+    assert load_config(tmp_path / "c.json").num_samples is None
+    with pytest.raises(ConfigError):
+        load_config(place / "none.json")
