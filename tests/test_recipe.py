@@ -14,6 +14,7 @@ from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.quantize import read_history
 from calib_nb.quant.recipe import STEPS, auto, quantize_by, split_images
+from calib_nb.quant.sensitivity import _halved as halved
 from calib_nb.quant.sensitivity import choose_float_nodes, noise_ratio
 from calib_nb.quant.target import PROFILES
 
@@ -121,3 +122,15 @@ def test_the_recipe_brings_edgeface_back(real_data, tmp_path):
     recipe = auto(model, faces, preset("edgeface"), tmp_path / "npu.onnx", profile="per-tensor-npu", progress=False)
     assert recipe.steps.noise.iloc[0] > 0.5 and recipe.steps[recipe.steps.kept].noise.iloc[-1] < 0.2
     assert len(recipe.model.float_nodes) <= 13
+
+
+@settings(derandomize=True)
+@given(st.integers(1, 500), st.integers(24, 64), st.data())
+def test_the_noisiest_of_many_nodes_is_found_in_few_runs(count, most, data):
+    """Groups lose no node and share none; one that outweighs all others is measured alone."""
+    loud, runs = data.draw(st.integers(0, count - 1)), []
+    names = list(range(count))
+    groups = halved(names, lambda group: runs.append(1) or sum(1.0 if n == loud else 1e-4 for n in group), most, False)
+    assert len(runs) <= most and sorted(n for group, _ in groups for n in group) == names
+    assert [loud] in [list(group) for group, _ in groups]
+    assert all(noise == sum(1.0 if n == loud else 1e-4 for n in group) for group, noise in groups)

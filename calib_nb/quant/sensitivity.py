@@ -100,6 +100,27 @@ def outputs_of(graph: Graph, inputs: Sequence[np.ndarray], *, threads: int = 2) 
         raise ModelError(f"ONNX Runtime cannot run the network: {str(e).splitlines()[0][:200]}") from e
 
 # %% ../../nbs/quant/12_sensitivity.ipynb #cell-13
+def _halved(
+    names: Sequence[str], measure: Callable[[Sequence[str]], float], most: int, progress: bool
+) -> list[tuple[Sequence[str], float]]:
+    """Groups of neighbours with what was measured of each, in at most `most` measurements; the largest are halved."""
+    count = len(names) if len(names) <= most else max(1, most // 4)
+    edges = [round(k * len(names) / count) for k in range(count + 1)]
+    queue, measured, runs = [names[a:b] for a, b in zip(edges, edges[1:])], [], 0
+    with tqdm(total=min(len(names), most), desc="sensitivity", unit="run", disable=not progress) as bar:
+        while queue:
+            group = queue.pop(0)
+            measured.append((group, measure(group)))
+            bar.update()
+            runs += 1
+            largest = max((m for m in measured if len(m[0]) > 1), key=lambda m: m[1], default=None)
+            if largest and not queue and runs + 2 <= most:
+                measured.remove(largest)
+                group, middle = largest[0], len(largest[0]) // 2
+                queue = [group[:middle], group[middle:]]
+    return measured
+
+
 def sensitivity(
     graph: Graph,
     ranges: pd.DataFrame,
@@ -109,8 +130,12 @@ def sensitivity(
     noise: NoiseMeasure = noise_shares,
     threads: int = 2,
     progress: bool = True,
+    most: int = 192,
 ) -> pd.DataFrame:
     """The noise that each node makes alone in INT8.
+
+    A network of more than `most` nodes is measured in groups of neighbours first; the noisiest group is halved again
+    and again, so that the few nodes that matter are measured alone, and the others share the noise of their group.
 
     Args:
         graph: A simplified float graph.
@@ -120,15 +145,17 @@ def sensitivity(
         noise: How noise is measured.
         threads: Threads of ONNX Runtime.
         progress: Whether to show a progress bar.
+        most: Networks to measure, at least 2.
 
     Returns:
-        A row per node that the target makes INT8, worst first: node, op, macs_share (0 to 1 of the network), and noise:
-        with this node alone in INT8 over that with all, the mean over aspects; 1 is as bad as the whole.
+        A row per node that the target makes INT8, worst first: node, op, macs_share (0 to 1 of the network), noise:
+        with this node alone in INT8 over that with all, the mean over aspects; 1 is as bad as the whole; and nodes:
+        how many shared a measurement, 1 where the node was alone.
 
     Raises:
         InputError: There are no inputs.
 
-    Source: Wu et al. 2020, section 6.
+    Source: Wu et al. 2020, section 6; group testing (Dorfman 1943).
     """
     if not len(inputs):
         raise InputError("no inputs to measure the noise on", expected="at least one")
@@ -140,11 +167,15 @@ def sensitivity(
     def measure(int8: Graph) -> np.ndarray:
         return noise(reference, outputs_of(int8, inputs, threads=threads))
 
-    rows, whole = [], np.maximum(measure(write_qdq(graph, ranges, profile)), 1e-12)
-    for name in tqdm(names, desc="sensitivity", unit="node", disable=not progress):
-        alone = measure(write_qdq(graph, ranges, profile, only={name}))
-        rows.append((name, cost.op[name], cost.macs[name] / total, float((alone / whole).mean())))
-    table = pd.DataFrame(rows, columns=["node", "op", "macs_share", "noise"])
+    whole = np.maximum(measure(write_qdq(graph, ranges, profile)), 1e-12)
+
+    def alone(group: Sequence[str]) -> float:
+        return float((measure(write_qdq(graph, ranges, profile, only=set(group))) / whole).mean())
+
+    rows = []
+    for group, share in _halved(names, alone, most, progress):
+        rows += [(n, cost.op[n], cost.macs[n] / total, share / len(group), len(group)) for n in group]
+    table = pd.DataFrame(rows, columns=["node", "op", "macs_share", "noise", "nodes"])
     return table.sort_values(["noise", "node"], ascending=[False, True], ignore_index=True)
 
 # %% ../../nbs/quant/12_sensitivity.ipynb #cell-17
