@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from calib_nb.data.preprocess import preset
 from calib_nb.faces.align import align
 from calib_nb.faces.detect import detect_opencv
 from calib_nb.faces.edgeface import (
+    EDGEFACE_OPSETS,
     EDGEFACE_VARIANTS,
     edgeface,
     export_edgeface,
@@ -253,6 +255,27 @@ def test_onnx_computes_what_torch_does(variant, tmp_path):
     )
     assert not {n.op_type for n in load_graph(fixed).nodes} & {"Shape", "Range", "Loop", "If"}
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", EDGEFACE_VARIANTS)
+def test_every_opset_with_an_open_batch(variant, tmp_path):
+    module, x = awake(edgeface(variant)), crops(5)
+    with torch.no_grad():
+        wanted = module(x).numpy()
+    for opset in EDGEFACE_OPSETS if variant == "edgeface_xxs" else (EDGEFACE_OPSETS[0], 13, 20, EDGEFACE_OPSETS[-1]):
+        file = export_edgeface(module, tmp_path / f"{opset}.onnx", dynamic_batch=True, opset=opset)
+        contract = read_contract(file)
+        assert (contract.opset, contract.inputs[0].shape) == (opset, ("batch", 3, 112, 112))
+        assert np.abs(open_session(file).run(None, {"input": x.numpy()})[0] - wanted).max() < 1e-4
+        onnx.checker.check_model(str(file))
+
+
+@pytest.mark.parametrize("opset", [-1, 8, 24])
+def test_an_opset_that_cannot_be_written_is_one_line(opset, tmp_path):
+    with pytest.raises(InputError, match=f"opset {opset}; expected 9 to 23"):
+        export_edgeface(edgeface("xxs"), tmp_path / "x.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_differs_is_not_left(tmp_path):

@@ -42,6 +42,7 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Leave the batch open; compilers of NPUs want it to be 1.")
     ] = False,
+    opset: Annotated[int, typer.Option(help="Version of the ONNX operators, 9 to 23.")] = 17,
 ):
     """Write an EdgeFace checkpoint as a float ONNX file that computes the same."""
     from calib_nb.core.errors import InputError
@@ -52,9 +53,12 @@ def export(
         expected, fix = "another name for the ONNX file", f"--output {output.with_suffix('.onnx')}"
         raise InputError(f"{output} is the checkpoint itself", expected=expected, fix=fix)
     module = load_edgeface(checkpoint, variant)
-    contract = read_contract(export_edgeface(module, output, dynamic_batch=dynamic_batch))
+    contract = read_contract(export_edgeface(module, output, dynamic_batch=dynamic_batch, opset=opset))
     count, source, target = sum(p.numel() for p in module.parameters()), contract.inputs[0], contract.outputs[0]
-    typer.echo(f"{count:,} parameters; {source} (RGB, -1 to 1) to {target}; within 1e-4 of torch\nmodel: {output}")
+    typer.echo(
+        f"{count:,} parameters; {source} (RGB, -1 to 1) to {target}, opset {contract.opset}; within 1e-4 of torch"
+    )
+    typer.echo(f"model: {output}")
 
 # %% ../../nbs/commands/04_faces.ipynb #cell-12
 _SHOWN = {
