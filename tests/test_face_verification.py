@@ -96,7 +96,7 @@ def test_val_is_scipys_where_scipy_does_not_refuse():
     distance, grid = np.concatenate(parts), np.arange(0, 4, 0.001)
     scores, values = insightface_scores(on_a_circle(distance), same, folds=3), []
     for train, test in KFold(3).split(distance):
-        rate = [np.mean(distance[train][~same[train]] < threshold) for threshold in grid]
+        rate = np.searchsorted(np.sort(distance[train][~same[train]]), grid) / (~same[train]).sum()
         threshold = interp1d(rate, grid, kind="slinear")(1e-3)
         accept = distance[test] < threshold
         values.append([accept[same[test]].mean(), accept[~same[test]].mean()])
@@ -162,11 +162,11 @@ HOSTILE = {
     "a memo at 2**31": b"\x80\x02]r\xff\xff\xff\x7f.",
     "a number of 5,000 digits": b"I" + b"9" * 5000 + b"\n.",
     "marks in marks": b"(" * 100_000 + b".",
-    "lists in lists": b"]" + b"]a" * 20_000 + b".",
-    "tuples in tuples": b")" + b"\x85" * 20_000 + b".",
+    "lists in lists": b"]" + b"]a" * 5_000 + b".",
+    "tuples in tuples": b")" + b"\x85" * 5_000 + b".",
     "a list in itself": b"]q\x00h\x00a.",
     "a list that is both": b"]q\x00h\x00h\x00\x86.",
-    "a text again and again": b"\x80\x04(" + TEXT + b"h\x02h\x00h\x01\x86R" * 10_000 + b"l.",
+    "a text again and again": b"\x80\x04(" + TEXT + b"h\x02h\x00h\x01\x86R" * 3_000 + b"l.",
     "nothing": b"",
     "only an end": b".",
     "a mark that is not there": b"t.",
@@ -252,6 +252,12 @@ def drawn(tmp_path_factory):
     return write_bin(folder / "drawn.bin", crops, table)
 
 
+@pytest.fixture(scope="module")
+def whole(drawn):
+    """The scores of a run that was not stopped."""
+    return verify_bin(drawn, demo_embedder(), batch_size=2, progress=False)
+
+
 KILLED = """
 import sys, time
 import calib_nb.faces.embed as embed
@@ -262,7 +268,7 @@ verify_bin(*sys.argv[1:3], store=sys.argv[3], batch_size=2, workers=1, progress=
 """
 
 
-def test_kill_9_loses_no_row_and_the_next_run_goes_on(drawn, tmp_path, monkeypatch):
+def test_kill_9_loses_no_row_and_the_next_run_goes_on(drawn, whole, tmp_path, monkeypatch):
     store, network = tmp_path / "x.rows", demo_embedder()
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(drawn), str(network), str(store)])
     row = 4 * 2 * 64
@@ -278,18 +284,16 @@ def test_kill_9_loses_no_row_and_the_next_run_goes_on(drawn, tmp_path, monkeypat
     again = verify_bin(drawn, network, store=store, batch_size=2, progress=False)
     images = len({bytes(image) for image in read_bin(drawn).images})
     assert 6 <= left < images and len(embedded) == 2 * (images - left) + 1  # both sides, and one for the width
-    whole = verify_bin(drawn, network, batch_size=2, progress=False)
     assert {name: again[name] for name in list(whole)[3:]} == pytest.approx(
         {n: whole[n] for n in list(whole)[3:]}, abs=1e-4
     )
 
 
-def test_rows_of_another_network_are_not_used(drawn, tmp_path):
+def test_rows_of_another_network_are_not_used(drawn, whole, tmp_path):
     first = VectorFile(tmp_path / "x.rows", 128, "another")
     first.add(np.zeros((3, 128)))
     first.close()
-    scores = verify_bin(drawn, demo_embedder(), store=tmp_path / "x.rows", progress=False)
-    assert scores == verify_bin(drawn, demo_embedder(), progress=False)
+    assert verify_bin(drawn, demo_embedder(), store=tmp_path / "x.rows", batch_size=2, progress=False) == whole
 
 
 @pytest.mark.slow
@@ -381,7 +385,7 @@ def test_rates_are_exact_where_a_share_is_no_binary_number():
 def test_searches_are_those_of_plain_loops():
     rng = np.random.default_rng(0)
     gallery, subjects = rng.integers(-2, 3, (40, 4)).astype(float), rng.integers(0, 25, 40)
-    probes, truth = rng.integers(-2, 3, (1100, 4)).astype(float), rng.integers(0, 50, 1100)  # scores are whole numbers
+    probes, truth = rng.integers(-2, 3, (1030, 4)).astype(float), rng.integers(0, 50, 1030)  # scores are whole numbers
     found = identify((gallery, subjects), (probes, truth))
     ranks, mates, highest = [], [], []
     for vector, subject in zip(probes, truth):
@@ -396,7 +400,8 @@ def test_searches_are_those_of_plain_loops():
     for k in (1, 5, 10):
         assert found[f"rank_{k}"] == np.mean(np.array(ranks) <= k)
     for name, fpir in (("tpir_1e2", 1e-2), ("tpir_1e1", 1e-1)):
-        allowed = [t for t in {*highest, *mates} if np.mean(np.array(highest) >= t) <= fpir]
+        thresholds, strangers = {*highest, *mates}, np.array(highest)
+        allowed = [t for t in thresholds if np.mean(strangers >= t) <= fpir]
         assert found[name] == max([np.mean(np.array(mates) >= t) for t in allowed], default=0)
 
 
