@@ -20,6 +20,7 @@ from ..core.run import atomic_file
 from ..data.images import decode
 from ..data.preprocess import PRESETS, Preprocess, preset
 from ..graph.contract import open_session, read_contract
+from ..graph.operators import OPERATOR_TABLES, check_ops
 from .config import CompilerConfig, config_images, load_config
 from .findings import Finding, findings_table, recognise
 from .validate import color_fix, range_name, validate
@@ -220,7 +221,14 @@ def _color_check(chain: Preprocess, kind: str) -> list[tuple[str, bool, str]]:
         )
     ]
 
-# %% ../../nbs/npu/04_verify.ipynb #cell-25
+
+def _operator_findings(model: str | Path | None, target: str) -> list[Finding]:
+    """A warning where nodes break the target's table of operators: the compiler may give them to the CPU."""
+    if model is None or target.partition(":")[0] not in OPERATOR_TABLES or (check := check_ops(model, target)).passed:
+        return []
+    return [Finding("warning", "model", str(check), f"see: calib-nb check-ops --model {model} --target {target}")]
+
+# %% ../../nbs/npu/04_verify.ipynb #cell-27
 @dataclass(frozen=True)
 class VerifyOptions:
     """What is rarely changed in `verify`.
@@ -228,7 +236,7 @@ class VerifyOptions:
     Args:
         model_type: Preset to hold the values against; default: recognised from the model.
         seed: Chooses the images.
-        target: A key of `TARGETS`.
+        target: As in `calib_nb.npu.config.read_target`.
         data_root: Folder that the config's paths may not leave.
         base: Folder that the compiler runs in; default: the current one.
     """
@@ -296,6 +304,7 @@ def verify(
             pictures.append(_save_picture(sample, chain.color, path))
     table = pd.DataFrame(rows)
     table = table[[c for c in table if not c.endswith("problem")] + ["range_problem", "model_problem", "problem"]]
+    findings = [*findings, *_operator_findings(model, options.target)]
     checks = _checks(findings, table, session is not None, _color_check(chain, kind))
     if output_dir is not None:
         _write_tables(Path(output_dir), samples=table, findings=findings_table(findings), checks=checks)
