@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import CompareOptions, compare, diagnose, quantize
+    from .api import CompareOptions, compare, diagnose, export_ranges, harden, quantize
     from .data.dataset import prepare
     from .data.preprocess import preset
     from .data.score import score_folder
@@ -35,6 +35,8 @@ _HOMES = {
     "CompareOptions": "api",
     "compare": "api",
     "diagnose": "api",
+    "harden": "api",
+    "export_ranges": "api",
     "compile_model": "npu.compile",
     "run_report": "report",
     "demo_steps": "demo",
@@ -47,8 +49,10 @@ __all__ = [
     "compile_model",
     "demo_steps",
     "diagnose",
+    "export_ranges",
     "fix_batch",
     "generate_config",
+    "harden",
     "load_config",
     "prepare",
     "preset",

@@ -124,11 +124,14 @@ class ClipChoices:
         """Number of the range that a table has; that of no clip where it has none."""
         return next((k for k, names in enumerate(self.methods) if method in names), len(self.ends) - 1)
 
+    def width(self, place: int) -> float:
+        """Width of the range with this number."""
+        return self.ends[place][1] - self.ends[place][0]
+
     @property
     def division(self) -> float:
         """Width of the widest over that of the narrowest."""
-        widths = [high - low for low, high in self.ends]
-        return widths[-1] / widths[0]
+        return self.width(-1) / self.width(0)
 
 
 def clip_choices(graph: Graph, variants: Mapping[str, pd.DataFrame]) -> list[ClipChoices]:
@@ -287,7 +290,7 @@ class ChosenClips:
     runs: int
 
 
-_FEW = 4  # inputs that a change must pass before the others are run
+_FEW = 2  # inputs that a change must pass before the others are run
 _SOFT, _HARD = 0.5, 4.0  # weights of what the float network is over its limit, on the way and in the end
 _GAIN = 1e-3  # of the score, in natural logarithms, at least
 _DIVIDED = 32  # tensors that methods divide most, which are changed first
@@ -339,6 +342,19 @@ class _Descent:
         """Whether the float network is over its limit."""
         return bool(self.full[-1] > np.log(self.options.limit))
 
+    def start(self, variants: Sequence[str]) -> None:
+        """Try each table of ranges on the tensors that it cuts most, on more and more of them."""
+        choices = self.trials.choices
+        for variant in variants:
+            places = [choice.place(variant) for choice in choices]
+            cut = [choice.width(-1) / choice.width(place) for choice, place in zip(choices, places)]
+            most = sorted(range(len(choices)), key=lambda k: -cut[k])
+            count = len(choices)
+            while count > 3:
+                taken = set(most[:count])
+                self.attempt({k: places[k] if k in taken else len(c.ends) - 1 for k, c in enumerate(choices)})
+                count //= 2
+
     def run(self, order: Sequence[Sequence[int]], methods: Sequence[str], most: int, bar) -> None:
         """Try on each window the ranges of the methods, then wider and narrower ones, up to so many runs."""
         choices, self.most = self.trials.choices, most
@@ -386,7 +402,7 @@ def choose_clips(
         graph: A simplified float graph.
         tables: Columns low and high per tensor by the name of a range method, from the calibration images; "minmax" is
             one of them.
-        inputs: Other images, float32 arrays [1, C, H, W], to measure on.
+        inputs: Images to measure on, float32 arrays [1, C, H, W]; other ones should judge the result.
         reference: What the original float network computes of them.
         options: The limit and what else is rarely changed.
 
@@ -410,6 +426,7 @@ def choose_clips(
     descent = _Descent(trials, list(inputs)[: options.inputs], reference, options, runs)
     order = list(_order(choices))
     with tqdm(total=runs, desc="clips", unit="run", disable=not options.progress) as bar:
+        descent.start(list(variants))
         descent.run(order, list(tables), round(0.8 * runs), bar)
         if descent.over:
             descent.within_limit()

@@ -92,7 +92,7 @@ class HardenOptions:
 
 # %% ../../nbs/quant/19_harden.ipynb #cell-13
 _MOST = 32  # images that are held in memory
-_JUDGES = 16  # images that judge a step
+_JUDGES = 16  # images that judge a step, and as many on which clips are chosen
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class _Hardening:
 
     def admits(self, plan: _Plan) -> bool:
         """Whether a plan is within the budget and no granularity is worse than in the given file."""
-        parts = [f"per {word}" for word in ("tensor", "channel") if plan.noise.index.str.contains(word).any()]
+        words = [word for word in ("tensor", "channel") if plan.noise.index.str.contains(word).any()]
+        parts = [part for word in words for part in (f"per {word}", f"minmax, per {word}")]
         return plan.float_noise <= self.options.budget and all(
             plan.mean(part) <= self.first.mean(part) * 1.001 for part in parts
         )
@@ -203,13 +204,14 @@ _MAKERS = {"equalize": _equalized, "even": _evened, "smooth": _smoothed, "absorb
 
 
 def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
-    """A plan with the clips that suit it; None where there are none."""
+    """A plan with clips that suit it, chosen on calibration images, so that others judge; None where none help."""
     options = search.options
+    inputs = search.inputs[:_JUDGES]
     chosen = choose_clips(
         plan.graph,
         {method: ranges(plan.stats, method) for method in RANGE_METHODS},
-        search.tuning,
-        search.reference,
+        inputs,
+        outputs_of(search.simple, inputs, threads=options.threads),
         ClipOptions(
             weights=options.weights,
             limit=options.budget,
