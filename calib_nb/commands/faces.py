@@ -255,7 +255,10 @@ def ijb(
 def quality(
     source_dir: Annotated[Path, typer.Option(help="Folder of aligned, square crops; subfolders are searched too.")],
     model: Annotated[
-        Path, typer.Option(help="Embedding network, .onnx or EdgeFace .pt; lengths say most after training by MagFace.")
+        Path,
+        typer.Option(
+            help="Embedding network, .onnx or EdgeFace .pt; the length is the quality for networks trained as MagFace."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="CSV to write: path, magnitude, quality (rank, 0-100), error.")],
     batch_size: _BatchSize = 64,

@@ -125,11 +125,11 @@ def plot_error_reject(curves: dict[str, pd.DataFrame], ax=None):
     """
     import matplotlib.pyplot as plt
 
-    ax = ax if ax is not None else plt.subplots(figsize=(5, 2.5), layout="constrained")[1]
+    ax = ax if ax is not None else plt.subplots(figsize=(6.5, 2.5), layout="constrained")[1]
     colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "black")
     for k, (label, table) in enumerate(curves.items()):
         ax.plot(100 * table["rejected"], 100 * table["fnmr"], "o-", ms=3, color=colors[k % len(colors)], label=label)
     ax.set(xlabel="pairs rejected, %", ylabel="FNMR, %")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
