@@ -124,14 +124,11 @@ class ClipChoices:
         """Number of the range that a table has; that of no clip where it has none."""
         return next((k for k, names in enumerate(self.methods) if method in names), len(self.ends) - 1)
 
-    def width(self, place: int) -> float:
-        """Width of the range with this number."""
-        return self.ends[place][1] - self.ends[place][0]
-
     @property
     def division(self) -> float:
         """Width of the widest over that of the narrowest."""
-        return self.width(-1) / self.width(0)
+        (low, high), (lowest, highest) = self.ends[0], self.ends[-1]
+        return (highest - lowest) / (high - low)
 
 
 def clip_choices(graph: Graph, variants: Mapping[str, pd.DataFrame]) -> list[ClipChoices]:
@@ -265,7 +262,7 @@ class ClipOptions:
     weights: str = "any"
     limit: float = 0.1
     noise: NoiseMeasure = noise_shares
-    runs: int = 6000
+    runs: int = 12000
     inputs: int = 16
     threads: int = 1
     progress: bool = True
@@ -290,7 +287,7 @@ class ChosenClips:
     runs: int
 
 
-_FEW = 2  # inputs that a change must pass before the others are run
+_FEW = 4  # inputs that a change must pass before the others are run
 _SOFT, _HARD = 0.5, 4.0  # weights of what the float network is over its limit, on the way and in the end
 _GAIN = 1e-3  # of the score, in natural logarithms, at least
 _DIVIDED = 32  # tensors that methods divide most, which are changed first
@@ -341,19 +338,6 @@ class _Descent:
     def over(self) -> bool:
         """Whether the float network is over its limit."""
         return bool(self.full[-1] > np.log(self.options.limit))
-
-    def start(self, variants: Sequence[str]) -> None:
-        """Try each table of ranges on the tensors that it cuts most, on more and more of them."""
-        choices = self.trials.choices
-        for variant in variants:
-            places = [choice.place(variant) for choice in choices]
-            cut = [choice.width(-1) / choice.width(place) for choice, place in zip(choices, places)]
-            most = sorted(range(len(choices)), key=lambda k: -cut[k])
-            count = len(choices)
-            while count > 3:
-                taken = set(most[:count])
-                self.attempt({k: places[k] if k in taken else len(c.ends) - 1 for k, c in enumerate(choices)})
-                count //= 2
 
     def run(self, order: Sequence[Sequence[int]], methods: Sequence[str], most: int, bar) -> None:
         """Try on each window the ranges of the methods, then wider and narrower ones, up to so many runs."""
@@ -418,7 +402,7 @@ def choose_clips(
         raise InputError(f"{len(inputs)} inputs and the limit {options.limit:g}", expected="inputs, and more than 0")
     variants = {name: range_table(graph, table) for name, table in range_variants(tables, "minmax").items()}
     boxes = [BlackBox("minmax", wide) for wide in GRANULARITIES[options.weights]]
-    choices, runs = clip_choices(graph, variants), affordable_runs(graph, options.runs)
+    choices, runs = clip_choices(graph, variants), min(options.runs, 3 * affordable_runs(graph, options.runs))
     columns = {"low": float, "high": float}
     if not choices:
         return ChosenClips(pd.DataFrame(columns=list(columns)).astype(columns), 0, np.nan, 0.0, 0)
@@ -426,7 +410,6 @@ def choose_clips(
     descent = _Descent(trials, list(inputs)[: options.inputs], reference, options, runs)
     order = list(_order(choices))
     with tqdm(total=runs, desc="clips", unit="run", disable=not options.progress) as bar:
-        descent.start(list(variants))
         descent.run(order, list(tables), round(0.8 * runs), bar)
         if descent.over:
             descent.within_limit()

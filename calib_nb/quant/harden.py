@@ -43,7 +43,7 @@ HARDENING = {
     "equalize": ("cross-layer equalization", True),
     "even": ("activations evened where no weight grid suffers", True),
     "smooth": ("channels behind LayerNormalization evened into the weights", True),
-    "absorb": ("what channels always exceed moved into the biases of their readers", True),
+    "absorb": ("what channels always exceed moved into the biases of their readers", False),
     "round": ("weights on the grid of a scale per tensor, biases corrected for it", False),
     "clips": ("tensors cut", False),
 }
@@ -77,7 +77,7 @@ class HardenOptions:
     noise: NoiseMeasure = noise_shares
     share: float = 0.3
     seed: int = 0
-    runs: int = 6000
+    runs: int = 12000
     threads: int = 1
     progress: bool = True
 
