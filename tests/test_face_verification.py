@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,14 @@ from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw
 from calib_nb.faces.detectors import FaceDetector
 from calib_nb.faces.embed import Embedder, see_photo
 from calib_nb.faces.search import identify
-from calib_nb.faces.templates import TEMPLATE_MODES, TemplateSet, pair_scores, tar_at_fars, template_vectors
+from calib_nb.faces.templates import (
+    TEMPLATE_MODES,
+    TemplateSet,
+    draw_templates,
+    pair_scores,
+    tar_at_fars,
+    template_vectors,
+)
 from calib_nb.faces.vectors import VectorFile
 from calib_nb.faces.verification import accuracy_kfold, cosine_pairs, read_pairs
 
@@ -490,3 +498,31 @@ def test_quality_of_faces_chooses_a_calibration_set(tmp_path, capsys):
     table.head(3).to_csv(scores, index=False)
     assert main([*words, "--overwrite"]) == 2 and "has no quality for 3 images" in capsys.readouterr().err
     assert sorted(file.name for file in output.glob("*.png")) == sorted(best)
+
+
+@pytest.fixture(scope="module")
+def ijbc(tmp_path_factory):
+    """Two drawn people in IJB-C's layout."""
+    return draw_templates(tmp_path_factory.mktemp("drawn") / "IJBC", people=2)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("template_pair_label.txt", "10 20 1\n10 999 0\n", "template 999 has no images"),
+        ("template_pair_label.txt", "10 20 1\n10 11 2\n", "other columns"),
+        ("template_pair_label.txt", "10 20 1\n10 11 x\n", "cannot be read"),
+        ("template_pair_label.txt", "10 20 1\n", "one kind only"),
+        ("template_pair_label.txt", "", "cannot be read"),
+        ("1N_gallery_G1.csv", "t,s\n999,1\n", "template 999 has no images"),
+        ("face_tid_mid.txt", "1.jpg 10\n", "has 2 columns"),
+        ("name_5pts_score.txt", "\xff\xfe\n", "columns"),
+    ],
+)
+def test_a_wrong_file_of_ijb_is_one_line_before_anything_is_embedded(file, text, message, ijbc, tmp_path, capsys):
+    shutil.copytree(ijbc / "meta", tmp_path / "IJBC" / "meta")
+    (tmp_path / "IJBC" / "meta" / f"ijbc_{file}").write_bytes(text.encode("latin-1"))
+    words = ["faces", "ijb", "--ijb-dir", str(tmp_path / "IJBC"), "--model", str(demo_embedder())]
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err.replace("cannot be read", "cannot be read, columns")
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,9 @@ from calib_nb.faces.templates import (
     TEMPLATE_FARS,
     TEMPLATE_MODES,
     TemplateSet,
+    check_pairs,
     embed_templates,
+    find_templates,
     pair_scores,
     read_templates,
     tar_at_fars,
@@ -104,10 +106,7 @@ def _searches(faces: TemplateSet, ids: np.ndarray, vectors: np.ndarray) -> list[
         chosen = []
         for path in (file, faces.meta(probe)):
             templates, subjects = read_subjects(path)
-            place = np.minimum(np.searchsorted(ids, templates), len(ids) - 1)
-            if (lost := templates[ids[place] != templates]).size:
-                raise InputError(f"{path}: template {lost[0]} has no images", expected="templates of the set")
-            chosen.append((vectors[place], subjects))
+            chosen.append((vectors[find_templates(ids, templates, path)], subjects))
         rows.append({"gallery": file.stem.rpartition("_")[2], **identify(*chosen)})
     return rows
 
@@ -152,6 +151,9 @@ def score_templates(
         what = f"networks {', '.join(names) or 'none'}"
         raise InputError(what, expected="at least one, each name once, and at least one mode")
     faces, folder, pairs, searches = read_templates(folder), Path(output_dir), [], []
+    check_pairs(faces)
+    ids = np.unique(faces.templates)
+    _searches(faces, ids, np.zeros((len(ids), 1)))  # wrong files are found before hours of embedding
     networks = [open_embedder(model, device=device) for model in models]
     for model, name, network in zip(models, names, networks):
         store = folder / "embeddings" / f"{faces.name}, {name}.rows"

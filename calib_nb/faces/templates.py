@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE_MODES', 'TEMPLATE_FARS', 'TemplateSet', 'read_templates', 'embed_templates', 'template_vectors',
-           'pair_scores', 'tar_at_fars', 'draw_templates']
+           'check_pairs', 'find_templates', 'pair_scores', 'tar_at_fars', 'draw_templates']
 
 # %% ../../nbs/faces/23_templates.ipynb #cell-2
 import json
@@ -199,9 +199,31 @@ def template_vectors(rows, faces: TemplateSet, mode: str = "N1D1F2") -> tuple[np
     return ids, sums
 
 # %% ../../nbs/faces/23_templates.ipynb #cell-21
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as f:
-        return sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 22), b"")) + 1
+def check_pairs(faces: TemplateSet) -> int:
+    """Read the pairs of a set through, before hours of embedding; returns how many there are.
+
+    Raises:
+        InputError: The file is missing or malformed, names a template that is not there, or has pairs of one kind.
+    """
+    path, ids = faces.meta("template_pair_label.txt"), np.unique(faces.templates)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", expected="pairs of templates: two numbers and 1 or 0 on each line")
+    count = genuine = 0
+    for *columns, labels in _pair_parts(path):
+        for column in columns:
+            find_templates(ids, column, path)
+        count, genuine = count + len(labels), genuine + int(labels.sum())
+    if genuine in (0, count):
+        raise InputError(f"{path} has pairs of one kind only", expected="pairs of one person and of two")
+    return count
+
+
+def find_templates(ids: np.ndarray, templates: np.ndarray, path: Path) -> np.ndarray:
+    """Where templates that a file names stand among the sorted `ids`; `InputError` for one that is not there."""
+    places = np.minimum(np.searchsorted(ids, templates), len(ids) - 1)
+    if (lost := templates[ids[places] != templates]).size:
+        raise InputError(f"{path}: template {lost[0]} has no images", expected="templates of the set")
+    return places
 
 
 def pair_scores(
@@ -222,24 +244,17 @@ def pair_scores(
         InputError: The file is missing or malformed, names a template that is not there, or has pairs of one kind.
     """
     path = faces.meta("template_pair_label.txt")
-    if not path.is_file():
-        raise InputError(f"no such file: {path}", expected="pairs of templates: two numbers and 1 or 0 on each line")
-    scores, same, done = np.empty(_count_lines(path)), np.empty(_count_lines(path), bool), 0
-    with tqdm(total=len(scores) - 1, unit="pair", unit_scale=True, desc="pairs", disable=not progress) as bar:
+    count = check_pairs(faces)
+    scores, same, done = np.empty(count), np.empty(count, bool), 0
+    with tqdm(total=count, unit="pair", unit_scale=True, desc="pairs", disable=not progress) as bar:
         for part in _pair_parts(path):
-            places = [np.minimum(np.searchsorted(ids, column), len(ids) - 1) for column in part[:2]]
-            for place, column in zip(places, part[:2]):
-                if (lost := column[ids[place] != column]).size:
-                    raise InputError(f"{path}: template {lost[0]} has no images", expected="templates of the set")
+            places = [np.searchsorted(ids, column) for column in part[:2]]
             for start in range(0, len(part[2]), 4096):
                 first, second = (vectors[place[start : start + 4096]] for place in places)
                 scores[done + start : done + start + len(first)] = np.einsum("ij,ij->i", first, second)
             same[done : done + len(part[2])] = part[2] == 1
             done += len(part[2])
             bar.update(len(part[2]))
-    scores, same = scores[:done], same[:done]
-    if same.all() or not same.any():
-        raise InputError(f"{path} has pairs of one kind only", expected="pairs of one person and of two")
     return scores[same], scores[~same]
 
 
