@@ -127,3 +127,69 @@ def test_options_go_on_and_added_nodes_come_back(place, tmp_path, monkeypatch):
     assert load_config(tmp_path / "c.json").num_samples is None
     with pytest.raises(ConfigError):
         load_config(place / "none.json")
+
+
+def shell(line: str):
+    from typer.testing import CliRunner
+
+    from calib_nb.commands.npu import app
+
+    return CliRunner().invoke(app, line.split())
+
+
+def test_an_open_batch_gets_its_copy_beside_the_config(place, tmp_path):
+    from calib_nb.graph.build import network
+
+    graph = network("s = Sub (x, m); y = Relu (s)", inputs={"x": ("n", 3, 48, 64)}, m=np.float32(0.45))
+    (tmp_path / "models").mkdir()
+    graph.save(tmp_path / "models" / "open.onnx")
+    line = f"config --model {tmp_path}/models/open.onnx --dataset-path {place}/images --output-path {tmp_path}/c.json"
+    refused = shell(f"{line} --calibration-num 3")
+    assert refused.exit_code and not (tmp_path / "c.json").exists()
+    made = shell(f"{line} --calibration-num 3 --fix-batch")
+    assert made.exit_code == 0, made.exception
+    assert (tmp_path / "open_b1.onnx").exists() and not (tmp_path / "models" / "open_b1.onnx").exists()
+    assert load_config(tmp_path / "c.json").preprocess.value_range() == (0, 1)
+
+
+def test_a_gray_model_and_channels_last(tmp_path, place):
+    from calib_nb.graph.build import network
+    from calib_nb.npu.input_probe import InputAnswers, propose_config, propose_input
+
+    network("y = Relu (x)", inputs={"x": (1, 1, 48, 64)}).save(tmp_path / "gray.onnx")
+    network("y = Relu (x)", inputs={"x": (1, 48, 64, 3)}).save(tmp_path / "last.onnx")
+    image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    for name, shape in (("gray", (1, 1, 48, 64)), ("last", (1, 48, 64, 3))):
+        proposal = propose_input(tmp_path / f"{name}.onnx")
+        assert proposal.values == "" and "cannot be told" in str(proposal)
+        config = propose_config(
+            tmp_path / f"{name}.onnx", place / "images", answers=InputAnswers(scale=255), calibration_num=3
+        )
+        assert config.preprocess(image).shape == shape
+        assert [
+            f for f in validate(config, tmp_path / f"{name}.onnx") if f.level == "error" and "3, H" not in f.fix
+        ] == []
+
+
+@pytest.mark.slow
+def test_what_real_models_give_away(real_data):
+    from calib_nb.npu.input_probe import check_preset, propose_input
+
+    images = sorted((real_data / "coco" / "val").rglob("*.jpg"))[:8]
+    wanted = {
+        "edgeface_xxs_q_dequant": ("RGB", "edgeface"),
+        "face_detection_yunet_2023mar": ("BGR", "yunet"),
+        "scrfd_500m_bnkps": ("RGB", "scrfd"),
+        "retinaface_mobilenet0.25_FaceDetector_heads": ("BGR", "retinaface"),
+        "yolov5n-0.5-face": ("RGB", "yolov5-face"),
+        "yolov8-lite-t-face": ("RGB", "yolov8-face"),
+        "rtmonodepth_s_m_640x192": ("", "unit"),
+        "vww_mobilenet_v1_0.25_96": ("", "unit"),
+        "person_mobilenet_v2_0.35_128": ("", ""),  # the likeliest is right, and not far enough ahead to be written
+    }
+    for name, (color, values) in wanted.items():
+        proposal = propose_input(real_data / "models" / f"{name}.onnx", images if "mobilenet_v" in name else ())
+        assert (proposal.color, proposal.values) == (color, values), f"{name}: {proposal}"
+    assert propose_input(real_data / "models" / "person_mobilenet_v2_0.35_128.onnx", images).likely[0] == "signed"
+    depth = propose_input(real_data / "models" / "rtmonodepth_s_m_640x192.onnx")
+    assert "wants 0..1" in check_preset("depth", depth)[0].what

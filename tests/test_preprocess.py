@@ -101,19 +101,40 @@ def photo():
     )
 
 
+ARITHMETIC = {
+    "yunet": lambda x: x,
+    "edgeface": lambda x: (x / 255 - 0.5) / 0.5,
+    "scrfd": lambda x: (x - 127.5) / 128,
+    "retinaface": lambda x: x - [104, 117, 123],
+    "yolov5-face": lambda x: x / 255,
+    "yolov8-face": lambda x: x / 255,
+    "unit": lambda x: x / 255,
+    "signed": lambda x: x / 127.5 - 1,
+}
+
+
+def boxed(image, side, border):
+    """A centred letterbox in plain numpy around OpenCV's resize."""
+    height, width = image.shape[:2]
+    size = side * width // max(height, width), side * height // max(height, width)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR)
+    out = np.full((side, side, 3), border, np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    out[top : top + size[1], left : left + size[0]] = small
+    return out
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_against_plain_numpy(photo, name):
     width, height = PRESETS[name].size
-    image = photo if name == "yunet" else photo[..., ::-1].copy()
-    expected = cv2.resize(image, (width, height)).astype(np.float64)
-    if name == "edgeface":
-        expected = (expected / 255 - 0.5) / 0.5
-    elif name != "yunet":
-        expected = (expected / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    border = PRESETS[name].border
+    scaled = cv2.resize(photo, (width, height)) if border is None else boxed(photo, width, border)
+    image = scaled if name in ("yunet", "retinaface") else scaled[..., ::-1]
+    imagenet = lambda x: (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]  # noqa: E731
+    expected = ARITHMETIC.get(name, imagenet)(image.astype(np.float64))
     out = preset(name)(photo)
     assert out.shape == (1, 3, height, width) and np.abs(out - expected.transpose(2, 0, 1)[None]).max() < 1e-6
-    back = preset(name).denormalize(out)
-    assert np.array_equal(back, cv2.resize(photo, (width, height)))
+    assert np.array_equal(preset(name).denormalize(out), scaled)
 
 
 @pytest.mark.parametrize("interpolation", sorted(CV_INTERPOLATION))

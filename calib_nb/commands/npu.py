@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .options import words_of
+from ..core.errors import InputError
 
 # %% ../../nbs/commands/02_npu.ipynb #cell-7
 app = typer.Typer()
@@ -86,13 +87,6 @@ def prepare(
     )
 
 # %% ../../nbs/commands/02_npu.ipynb #cell-12
-_Preset = Annotated[
-    str,
-    typer.Option(
-        help="Preset of preprocessing: yunet, edgeface, resnet-tags or depth.",
-        autocompletion=words_of("data.preprocess", "PRESETS"),
-    ),
-]
 _Target = Annotated[
     str,
     typer.Option(
@@ -110,13 +104,21 @@ def _show_findings(findings) -> None:
 
 
 @app.command(
-    epilog="Example: calib-nb config --model-type yunet --model yunet.onnx --dataset-path calibration "
-    "--output-path yunet.json"
+    epilog="Examples: calib-nb config --model-type yunet --model yunet.onnx --dataset-path calibration --output-path "
+    "yunet.json | calib-nb config --model any.onnx --dataset-path calibration --output-path any.json --scale 255 "
+    "--color rgb --fix-batch"
 )
 def config(
-    model_type: _Preset,
     dataset_path: Annotated[Path, typer.Option(help="Folder of calibration images, as the compiler will see it.")],
     output_path: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    model_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset: yunet, edgeface, resnet-tags, depth, scrfd, retinaface, yolov5-face, yolov8-face, imagenet, "
+            "unit (0..1), signed (-1..1); without one the model itself is asked.",
+            autocompletion=words_of("data.preprocess", "PRESETS"),
+        ),
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="ONNX file: input name and shape are read from it.")] = None,
     calibration_num: Annotated[int, typer.Option(min=1, help="Number of calibration images.")] = 100,
     calibration_method: Annotated[
@@ -129,28 +131,81 @@ def config(
     input_name: Annotated[str | None, typer.Option(help="Input name, when there is no ONNX file.")] = None,
     input_size: Annotated[tuple[int, int] | None, typer.Option(help="Input width and height.", metavar="W H")] = None,
     target: _Target = "npu",
+    color: Annotated[str | None, typer.Option(help="Without a preset: rgb, bgr or gray.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Without a preset: divisor of the values, such as 255.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean behind the scale: a number, or one per channel, as 1,2,3.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation: a number, or one per channel.")] = None,
+    resize: Annotated[str | None, typer.Option(help="Without a preset: stretch, letterbox or centercrop.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Without a preset: nchw or nhwc (default: the model's).")] = None,
+    fix_batch: Annotated[
+        bool, typer.Option("--fix-batch", help="Where the batch is open, write a copy with batch 1 beside the config.")
+    ] = False,
 ):
-    """Write the compiler's config from a preset and, if given, the ONNX file, and check it."""
+    """Write the compiler's config from a preset, or from what the model itself gives away, and check it."""
+    from calib_nb.npu import input_probe
     from calib_nb.npu.config import generate_config, save_config
     from calib_nb.npu.validate import validate
 
-    settings = generate_config(
-        model_type,
-        dataset_path,
-        model=model,
-        input_name=input_name,
-        input_size=input_size,
-        calibration_num=calibration_num,
-        calibration_method=calibration_method,
-        target=target,
-    )
-    findings = validate(settings, model=model, target=target)
+    model = _fixed_copy(model, output_path, input_size) if fix_batch and model is not None else model
+    options = {"calibration_num": calibration_num, "calibration_method": calibration_method, "target": target}
+    numbers = {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    answers = input_probe.InputAnswers(color, scale, **numbers, resize=resize, layout=layout)
+    findings = []
+    if model_type is None:
+        settings = _proposed(model, dataset_path, answers, options)
+    else:
+        if answers != input_probe.InputAnswers():
+            raise InputError(
+                "a preset and single answers", fix="leave --model-type out, or --color, --scale and the like"
+            )
+        names = {"model": model, "input_name": input_name, "input_size": input_size}
+        settings = generate_config(model_type, dataset_path, **names, **options)
+        if model is not None:
+            findings += input_probe.check_preset(model_type, input_probe.propose_input(model))
+    findings = [*validate(settings, model=model, target=target), *findings]
     _show_findings(findings)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
     typer.echo(f"config: {save_config(settings, output_path)}")
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-15
+
+def _fixed_copy(model: Path, output_path: Path, size: tuple[int, int] | None) -> Path:
+    """A copy with batch 1 beside the config where the model leaves it open."""
+    from calib_nb.graph import fixed
+    from calib_nb.graph.contract import read_contract
+
+    if all(isinstance(side, int) for spec in read_contract(model).inputs for side in spec.shape):
+        return model
+    copy = fixed.fix_batch(model, output_path.with_name(f"{model.stem}_b1.onnx"), size=size)
+    typer.echo(f"model: {copy}")
+    return copy
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of an option, parted by commas."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as e:
+        raise InputError(f"{option} {text}", expected="numbers, as 0.485,0.456,0.406") from e
+
+
+def _proposed(model: Path | None, dataset_path: Path, answers, options: dict):
+    """A config without a preset; what the model gives away is said."""
+    from calib_nb.data.images import find_images
+    from calib_nb.npu import input_probe
+
+    if model is None:
+        raise InputError("neither a preset nor a model", expected="--model-type or --model")
+    images = [dataset_path / name for name in find_images(dataset_path)[:8]] if dataset_path.is_dir() else []
+    proposal = input_probe.propose_input(model, images if answers.scale is None and answers.mean is None else ())
+    typer.echo(proposal)
+    if not proposal.color and answers.color is None:
+        typer.echo("note: RGB is written, as most models want; --color bgr writes the other order", err=True)
+    return input_probe.propose_config(model, dataset_path, answers=answers, proposal=proposal, **options)
+
+# %% ../../nbs/commands/02_npu.ipynb #cell-18
 @app.command(epilog="Example: calib-nb verify --config yunet.json --model yunet.onnx --visualize --output-dir check")
 def verify(
     config: Annotated[Path, typer.Option(help="The config to check.")],
@@ -198,7 +253,7 @@ def verify(
     if not checked.passed:
         raise typer.Exit(1)
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-20
+# %% ../../nbs/commands/02_npu.ipynb #cell-23
 @app.command("fix-batch", epilog="Example: calib-nb fix-batch --model edgeface.onnx --output edgeface_b1.onnx")
 def fix_batch(
     model: Annotated[Path, typer.Option(help="ONNX file with an open batch.")],
@@ -247,7 +302,6 @@ def compile_(
     """Run the vendor's compiler where it is installed; print the exact command line where it is not."""
     from dataclasses import fields
 
-    from calib_nb.core.errors import InputError
     from calib_nb.npu.compile import DxComOptions, compile_model
 
     given = locals()

@@ -353,6 +353,7 @@ class Preset:
         low: Least value.
         high: Greatest value.
         arithmetic: The steps that give these values.
+        border: Level around a letterbox; None where the image is stretched.
 
     Source: the code of each model.
     """
@@ -362,6 +363,7 @@ class Preset:
     low: float
     high: float
     arithmetic: Preprocess
+    border: int | None = None
 
 
 _IMAGENET = Preprocess().div(255).normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -370,6 +372,13 @@ PRESETS = {
     "edgeface": Preset((112, 112), "RGB", -1, 1, Preprocess().div(255).normalize([0.5] * 3, [0.5] * 3)),  # ArcFace
     "resnet-tags": Preset((224, 224), "RGB", *_IMAGENET.value_range(), _IMAGENET),  # torchvision, ImageNet
     "depth": Preset((640, 384), "RGB", *_IMAGENET.value_range(), _IMAGENET),
+    "scrfd": Preset((640, 640), "RGB", -127.5 / 128, 127.5 / 128, Preprocess().subtract(127.5).div(128), 0),
+    "retinaface": Preset((640, 640), "BGR", -123, 151, Preprocess().normalize([104, 117, 123], [1, 1, 1]), 0),
+    "yolov5-face": Preset((640, 640), "RGB", 0, 1, Preprocess().div(255), 114),
+    "yolov8-face": Preset((640, 640), "RGB", 0, 1, Preprocess().div(255), 0),
+    "imagenet": Preset((224, 224), "RGB", *_IMAGENET.value_range(), _IMAGENET),
+    "unit": Preset((224, 224), "RGB", 0, 1, Preprocess().div(255)),  # 0..1
+    "signed": Preset((224, 224), "RGB", -1, 1, Preprocess().div(127.5).subtract(1)),  # -1..1
 }
 
 
@@ -378,7 +387,8 @@ def preset(name: str, size: tuple[int, int] | None = None) -> Preprocess:
 
     Args:
         name: A key of `PRESETS`.
-        size: (width, height) of the input in pixels; default the preset's.
+        size: (width, height) of the input in pixels; default the preset's. Only a square can be letterboxed; any
+            other size is stretched to.
 
     Returns:
         The chain.
@@ -388,5 +398,8 @@ def preset(name: str, size: tuple[int, int] | None = None) -> Preprocess:
     """
     chosen = PRESETS[require_known(name, PRESETS, "preset")]
     start = Preprocess().convert_color("BGR2RGB") if chosen.color == "RGB" else Preprocess()
-    steps = (*start.resize(*(size or chosen.size)).steps, *chosen.arithmetic.steps)
+    width, height = size or chosen.size
+    boxed = chosen.border is not None and width == height
+    scaled = start.pad_resize(width, (chosen.border,) * 3) if boxed else start.resize(width, height)
+    steps = (*scaled.steps, *chosen.arithmetic.steps)
     return Preprocess(steps).transpose([2, 0, 1]).expand_dim(0)
