@@ -16,7 +16,6 @@ from ..core.errors import InputError, shorten
 from ..core.run import atomic_file
 from .embed import open_embedder
 from calib_nb.faces.templates import (
-    TEMPLATE_FARS,
     TEMPLATE_MODES,
     TemplateSet,
     check_pairs,
