@@ -260,7 +260,7 @@ def check(name: str, folder: Path, samples: int = 3) -> None:
     assert proof.views is not None
 
 
-QUICK = ("channels swapped", "/255 twice", "PIL bilinear", "letterbox", "EXIF ignored", "NV12 chroma", "float16")
+QUICK = ("channels swapped", "/255 twice", "PIL bilinear", "EXIF ignored", "float16")
 QUICK_EQUAL = ("OpenCV's blob", "Pillow decodes", "float64", "a table", "a chain of the package", "an rgb array")
 
 
@@ -393,6 +393,7 @@ def test_two_mutations_are_both_named(first, name, photos):
         assert any(d.step == step and re.search(words, d.words) for d in proof.differences), f"{wanted}: {proof}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda x: cv2.GaussianBlur(x, (5, 5), 0), lambda x: cv2.equalizeHist(x[..., 0])[..., None].repeat(3, 2)],
