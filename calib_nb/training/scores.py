@@ -15,7 +15,7 @@ from .sets import FaceSet
 
 # %% ../../nbs/training/08_scores.ipynb #cell-9
 def embed_faces(
-    module, faces: FaceSet, device: str = "cpu", *, size: int = 112, resize: bool = False, workers: int = 0
+    module, faces: FaceSet, device: str = "cpu", *, size: int = 112, resize: bool = False, workers: int = 0, rows=None
 ) -> np.ndarray:
     """Run a network over a set, in full precision and without variation.
 
@@ -26,13 +26,15 @@ def embed_faces(
         size: Side of its input, pixels.
         resize: Scale photos of another size instead of refusing them.
         workers: Processes that read photos.
+        rows: Numbers of the photos to embed; None: all.
 
     Returns:
         float32 [n,D], of length 1.
     """
     import torch
 
-    rows = [[(0, k) for k in range(len(faces))][first : first + 256] for first in range(0, len(faces), 256)]
+    keys = [(0, int(k)) for k in (range(len(faces)) if rows is None else rows)]
+    rows = [keys[first : first + 256] for first in range(0, len(keys), 256)]
     loader = face_loader(FaceSamples(faces, size=size, resize=resize), rows, workers, device)
     training = module.training
     module.eval()
