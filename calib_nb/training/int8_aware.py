@@ -207,7 +207,11 @@ def _make_network():
 
         def forward(self, x):
             """RGB float [N,3,H,W] -> what the file's output is, [N,D]."""
-            graph, batch = self.model.graph, len(x)
+            return torch.vmap(self._one)(x[:, None])[:, 0]  # the file knows one photo, whose pixels may be rows
+
+        def _one(self, x):
+            """[1,3,H,W] -> [1,D]."""
+            graph = self.model.graph
             values = {graph.input[0].name: x}
             for node in self.nodes:
                 given = [
@@ -223,7 +227,7 @@ def _make_network():
                 elif node.op_type == "Reshape":
                     shape = [int(n) for n in given[1]]
                     shape = [given[0].shape[k] if n == 0 else n for k, n in enumerate(shape)]
-                    out = given[0].reshape([shape[0] if shape[0] == -1 else shape[0] * batch, *shape[1:]])
+                    out = given[0].reshape(shape)
                 else:
                     out = self.operators[node.op_type](*given, **attributes)
                 values.update(zip(node.output, out if isinstance(out, tuple | list) else [out]))
