@@ -9,7 +9,8 @@ here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("torch", "executorch", "mediapipe", "lab", "dev")}
+EXTRAS = ("torch", "executorch", "mediapipe", "cluster", "lab", "dev")
+extras = {name: settings[f"{name}_requirements"].split() for name in EXTRAS}
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(

@@ -6,6 +6,7 @@
 __all__ = ['app', 'report', 'demo', 'main']
 
 # %% ../nbs/03_cli.ipynb #cell-2
+import contextlib
 import logging
 import os
 import sys
@@ -129,8 +130,8 @@ app = typer.Typer(
     help="From a float vision model to INT8 on an edge NPU, and what it cost.\n\nThe usual order: **prepare** a "
     "calibration set, write a **config**, **verify** it, **quantize**, **compare**, **report**. "
     "`calib-nb demo` shows all of it on built-in data.",
-    epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Any command takes --quiet (no progress bars) "
-    "and --debug (a traceback).",
+    epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Any command takes --cluster (a Dask scheduler's "
+    "address, or local:4; also CALIB_NB_CLUSTER), --quiet (no progress bars) and --debug (a traceback).",
 )
 _parts = (calib_nb.commands.npu.app, calib_nb.commands.proof.app, calib_nb.commands.quant.app, _own)
 # Words whose commands stand behind them.
@@ -166,6 +167,7 @@ def _every_command(
 
 
 _ANYWHERE = ("--debug", "--quiet")
+_CLUSTER = "--cluster"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,8 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = [_hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     debug = "--debug" in words
     _set_up_logs(debug, quiet="--quiet" in words)
+    words, where = _take_cluster([w for w in words if w not in _ANYWHERE])
     try:
-        code = app(args=[w for w in words if w not in _ANYWHERE], prog_name="calib-nb", standalone_mode=False) or 0
+        with _on_cluster(where, words):
+            code = app(args=words, prog_name="calib-nb", standalone_mode=False) or 0
     except typer.TyperException as e:  # the command line itself
         message = " ".join(e.format_message().split())
         print(f"calib-nb: {message}; see: calib-nb {_command(words)}--help", file=sys.stderr)
@@ -211,6 +215,27 @@ def _go_on(words: list[str]) -> str:
     if _command(words).strip() in _GOES_ON:
         return "the same command goes on where this one stopped"
     return "nothing half-written is left, and the same command begins again"
+
+
+def _take_cluster(words: list[str]) -> tuple[list[str], str]:
+    """The words without `--cluster ADDRESS`, and the address; that of CALIB_NB_CLUSTER, or "", where none is named."""
+    where, rest, given = os.environ.get("CALIB_NB_CLUSTER", ""), [], iter(words)
+    for word in given:
+        name, sign, value = word.partition("=")
+        if name == _CLUSTER:
+            where = value if sign else next(given, "")
+        else:
+            rest.append(word)
+    return rest, where
+
+
+def _on_cluster(where: str, words: list[str]):
+    """The cluster that is named; for help and completion none is started."""
+    if not where or {"--help", "--version"} & set(words):
+        return contextlib.nullcontext()
+    from calib_nb.core.cluster import cluster
+
+    return cluster(where)
 
 
 def _hyphens(word: str) -> str:

@@ -83,6 +83,8 @@ EXTRA_OF = {  # top-level module: the extra of calib-nb that installs it
     "executorch": "executorch",
     "torchao": "executorch",
     "mediapipe": "mediapipe",
+    "distributed": "cluster",
+    "dask": "cluster",
     "ipywidgets": "lab",
     "jupyterlab": "lab",
 }

@@ -48,6 +48,7 @@ def hash_images(
             return None
         return np.packbits(imagehash.phash(PIL.Image.fromarray(rgb), hash_size=HASH_SIDE).hash).view(np.uint64)
 
+    words.lost = lambda path: None  # see core.cluster
     rows = zip(paths, parallel_map(words, paths, workers=workers, desc="hash", progress=progress))
     hashes = {path: row for path, row in rows if row is not None}
     table = np.array(list(hashes.values()), np.uint64).reshape(len(hashes), -1)

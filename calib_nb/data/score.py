@@ -213,6 +213,9 @@ def measure_file(root: str | Path, reference_side: int, path: str) -> dict:
         return {"path": path, "error": "unreadable"}
 
 
+measure_file.lost = lambda path: {"path": path, "error": "ends the process that reads it"}  # see core.cluster
+
+
 def _file_key(root: Path, path: str) -> str:
     try:
         status = os.stat(root / path)
