@@ -231,9 +231,9 @@ def test_a_training_step_reaches_every_weight_and_lowers_the_loss():
     "variant",
     [
         "edgeface_xxs",
-        "edgeface_xs",
+        pytest.param("edgeface_xs", marks=pytest.mark.slow),
         "edgeface_xs_gamma_06",
-        "edgeface_s_gamma_05",
+        pytest.param("edgeface_s_gamma_05", marks=pytest.mark.slow),
         pytest.param("edgeface_base", marks=pytest.mark.slow),
     ],
 )

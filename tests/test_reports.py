@@ -20,6 +20,9 @@ from calib_nb.report import list_reports, report_notebook, report_parameters, ru
 
 NAMES = list(list_reports().index)
 SLOW = [pytest.param(name, marks=() if name == "npu-config" else pytest.mark.slow) for name in NAMES]
+# Their steps run in the notebooks of faces, depth and commands, too.
+LONG = ("depth", "edgeface", "face-alignment")
+WHOLE = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES]
 # The recipe, and ExecuTorch programs, take longer than all the rest of a report: `quantize` shows the one, slow tests
 # the other.
 QUICK = {
@@ -59,7 +62,7 @@ def run(name: str, root: Path) -> Path:
     return page.parent
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
     folder = run(name, root)
     assert folder == root / name / "demo" / "demo"
