@@ -1,5 +1,6 @@
 """INT8-aware training: the torch network, the file that it came from and the file that it writes are one."""
 
+import cv2
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,6 +12,8 @@ from calib_nb.faces.edgeface import edgeface, export_edgeface
 from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.quant.quantize import quantize_static
 from calib_nb.training.int8_aware import QdqNetwork, fake_quantize
+from calib_nb.training.int8_files import int8_settings, tune_int8
+from calib_nb.training.loop import FaceTrainer
 
 CHAIN = Preprocess().convert_color("BGR2RGB").normalize([0.5] * 3, [0.5] * 3).transpose([2, 0, 1]).expand_dim(0)
 
@@ -87,3 +90,48 @@ def test_a_whole_edgeface_is_the_file(tmp_path):
     assert torch.cosine_similarity(network(inputs), one_by_one).min() > 0.999
     assert torch.cosine_similarity(one_by_one, by_file(tmp_path / "int8.onnx", inputs)).min() > 0.9999
     agree(network, network.write(tmp_path / "new.onnx"), inputs)
+
+
+def face_folder(root, people: int = 3, each: int = 4, size: int = 16):
+    """Photos of noise, a folder for each person."""
+    random = np.random.default_rng(0)
+    for person in range(people):
+        (root / str(person)).mkdir(parents=True)
+        for k in range(each):
+            cv2.imwrite(str(root / str(person) / f"{k}.png"), random.integers(0, 256, (size, size, 3), np.uint8))
+    return root
+
+
+def test_a_stopped_int8_training_goes_on_to_the_same_file(tmp_path, one_thread, monkeypatch):
+    faces = face_folder(tmp_path / "faces")
+    network = sequential(conv(4, 3), "Relu", "GlobalAveragePool", "Flatten", linear(6), shape=(1, 3, 16, 16))
+    network.save(tmp_path / "float.onnx")
+
+    def tune(name: str):
+        settings = int8_settings(faces, tmp_path / f"{name}.onnx", ["batch=4", "epochs=2", "save_every=1"])
+        return tune_int8(tmp_path / "float.onnx", settings, weight_bits=4, calibration=6, progress=False)
+
+    whole = tune("whole")
+    step = FaceTrainer.take_step
+
+    def stops(trainer, pieces):
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+        return step(trainer, pieces)
+
+    monkeypatch.setattr(FaceTrainer, "take_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tune("parts")
+    assert not (tmp_path / "parts.onnx").exists()
+    monkeypatch.setattr(FaceTrainer, "take_step", step)
+    assert tune("parts").model.read_bytes() == whole.model.read_bytes() != whole.quantized.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_quantized_and_trained(tmp_path, one_thread):
+    faces = face_folder(tmp_path / "faces", each=2, size=112)
+    torch.save(edgeface("xxs").state_dict(), tmp_path / "xxs.pt")
+    settings = int8_settings(faces, tmp_path / "int8.onnx", ["batch=3", "epochs=1", f"val={faces}"])
+    result = tune_int8(tmp_path / "xxs.pt", settings, progress=False)
+    assert len(result.table) == 3 and result.table.cosine.between(-1, 1).all()
+    agree(QdqNetwork(result.model), result.model, torch.rand(2, 3, 112, 112) * 2 - 1)

@@ -25,7 +25,7 @@ from ..nets.checkpoint import read_checkpoint, restore_training, restoring
 from ..nets.processes import Ranks, amp_type, fixed_numerics, process_group, warmed
 from ..nets.settings import save_settings
 from .samples import FaceBatches, FaceSamples, Variation, to_input
-from .scores import embed_faces, face_loader, unit_length, verification_of
+from .scores import embed_faces, face_loader, open_network, unit_length, verification_of
 from .sets import FaceSet, load_faces, same_photos
 from .settings import FaceTrainConfig, changed_settings
 from .state import LossScaler, MovingMean, take_head, whole_head
@@ -311,7 +311,7 @@ def train_faces(config: FaceTrainConfig, *, module=None, progress: bool = True) 
         if module is None:
             fresh = config.weights is None or content is not None
             module = edgeface(config.variant, seed=config.seed) if fresh else load_edgeface(config.weights)
-        teacher = load_edgeface(config.teacher) if config.teacher is not None else None
+        teacher = open_network(config.teacher) if config.teacher is not None else None
         trainer = FaceTrainer(config, module, faces, group, teacher)
         if content is not None:
             trainer.load(content, last)

@@ -45,7 +45,7 @@ class FaceTrainConfig(BaseModel):
     weights: Path | None = Field(
         None, description="EdgeFace checkpoint to start from; its people are replaced by these"
     )
-    teacher: Path | None = Field(None, description="EdgeFace checkpoint to learn from by cosine")
+    teacher: Path | None = Field(None, description="EdgeFace checkpoint or ONNX file to learn from by cosine")
     distill: _Weight = Field(1.0, description="weight of 1 - cosine to the teacher's embedding")
     labels: bool = Field(True, description="learn people; false: from the teacher alone, photos need no people")
     size: Annotated[int, Field(ge=32, le=1024)] = Field(112, description="input, pixels")
