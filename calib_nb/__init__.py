@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import CompareOptions, compare, diagnose, export_ranges, harden, quantize
+    from .api import CompareOptions, audit, compare, coverage, diagnose, export_ranges, harden, quantize
     from .data.dataset import prepare
     from .data.preprocess import preset
     from .data.score import score_folder
@@ -31,9 +31,11 @@ _HOMES = {
     "prove": "npu.prove",
     "read_contract": "graph.contract",
     "fix_batch": "graph.fixed",
+    "audit": "api",
     "quantize": "api",
     "CompareOptions": "api",
     "compare": "api",
+    "coverage": "api",
     "diagnose": "api",
     "harden": "api",
     "export_ranges": "api",
@@ -45,8 +47,10 @@ _HOMES = {
 __all__ = [
     "CompareOptions",
     "FaceDetector",
+    "audit",
     "compare",
     "compile_model",
+    "coverage",
     "demo_steps",
     "diagnose",
     "export_ranges",

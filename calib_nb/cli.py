@@ -17,6 +17,7 @@ import typer
 
 import calib_nb
 import calib_nb.commands.android
+import calib_nb.commands.audit
 import calib_nb.commands.depth
 import calib_nb.commands.depth_model
 import calib_nb.commands.faces
@@ -133,7 +134,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check did not pass, 2 bad input. Any command takes --cluster (a Dask scheduler's "
     "address, or local:4; also CALIB_NB_CLUSTER), --quiet (no progress bars) and --debug (a traceback).",
 )
-_parts = (calib_nb.commands.npu.app, calib_nb.commands.proof.app, calib_nb.commands.quant.app, _own)
+_parts = (
+    calib_nb.commands.npu.app,
+    calib_nb.commands.audit.app,
+    calib_nb.commands.proof.app,
+    calib_nb.commands.quant.app,
+    _own,
+)
 # Words whose commands stand behind them.
 _groups = {
     "depth": calib_nb.commands.depth.app,
