@@ -18,7 +18,11 @@ from ..core.errors import InputError
 app = typer.Typer()
 
 
-@app.command(epilog="Example: calib-nb prepare --source-dir photos --output-dir calibration --num-samples 100")
+@app.command(
+    epilog="Examples: calib-nb prepare --source-dir photos --output-dir calibration --num-samples 100 | "
+    "calib-nb prepare --source-dir photos --output-dir calibration --num-samples 32 --strategy coverage "
+    "--model yunet.onnx --config yunet.json --quotas good=0.7,middling=0.2,poor=0.1"
+)
 def prepare(
     source_dir: Annotated[Path, typer.Option(help="Folder of images; its subfolders are searched too.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
@@ -33,10 +37,20 @@ def prepare(
     strategy: Annotated[
         str,
         typer.Option(
-            help="quality_mix, stratified, balanced, quotas or random.",
+            help="quality_mix, stratified, balanced, quotas, random, or coverage (with --model).",
             autocompletion=words_of("data.sample", "SELECTION_STRATEGIES"),
         ),
     ] = "quality_mix",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="For coverage: float ONNX file, whose activations the chosen images cover."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For coverage: its config (default: the model is asked what it wants).")
+    ] = None,
+    quotas: Annotated[
+        str | None, typer.Option(help="For coverage: share by quality, as good=0.7,middling=0.2,poor=0.1.")
+    ] = None,
     link: Annotated[
         str,
         typer.Option(
@@ -70,7 +84,7 @@ def prepare(
         source_dir,
         output_dir,
         num_samples=num_samples,
-        strategy=strategy,
+        strategy=_strategy(strategy, model, config, quotas),
         seed=seed,
         overwrite=overwrite,
         **options,
@@ -86,7 +100,28 @@ def prepare(
         f"mean quality {quality:.1f}; pool {pool:.1f}\nset: {chosen.path}\ncard: {chosen.path / 'README.md'}"
     )
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-12
+
+def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None):
+    """The name of a strategy, or the one that runs a model."""
+    if name == "coverage":
+        if model is None:
+            raise InputError("--strategy coverage without a model", expected="--model M.onnx")
+        from calib_nb.api import coverage
+
+        return coverage(model, config, quotas=_shares(quotas))
+    if model or config or quotas:
+        raise InputError(f"--model, --config or --quotas with strategy {name}", fix="take --strategy coverage")
+    return name
+
+
+def _shares(text: str | None) -> dict[str, float] | None:
+    """Shares by name from `good=0.7,poor=0.3`."""
+    try:
+        return text and {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+    except ValueError as e:
+        raise InputError(f"--quotas {text}", expected="shares, as good=0.7,middling=0.2,poor=0.1") from e
+
+# %% ../../nbs/commands/02_npu.ipynb #cell-14
 _Target = Annotated[
     str,
     typer.Option(
@@ -205,7 +240,7 @@ def _proposed(model: Path | None, dataset_path: Path, answers, options: dict):
         typer.echo("note: RGB is written, as most models want; --color bgr writes the other order", err=True)
     return input_probe.propose_config(model, dataset_path, answers=answers, proposal=proposal, **options)
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-18
+# %% ../../nbs/commands/02_npu.ipynb #cell-20
 @app.command(epilog="Example: calib-nb verify --config yunet.json --model yunet.onnx --visualize --output-dir check")
 def verify(
     config: Annotated[Path, typer.Option(help="The config to check.")],
@@ -253,7 +288,7 @@ def verify(
     if not checked.passed:
         raise typer.Exit(1)
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-23
+# %% ../../nbs/commands/02_npu.ipynb #cell-25
 @app.command("fix-batch", epilog="Example: calib-nb fix-batch --model edgeface.onnx --output edgeface_b1.onnx")
 def fix_batch(
     model: Annotated[Path, typer.Option(help="ONNX file with an open batch.")],

@@ -222,11 +222,11 @@ def strategy_options(strategy: str) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[2:]
 
 
-def check_strategy(strategy: str, num_samples: int, options: Mapping) -> dict:
+def check_strategy(strategy: str | Callable, num_samples: int, options: Mapping) -> dict:
     """Check a request before any work is done.
 
     Args:
-        strategy: A key of `SELECTION_STRATEGIES`.
+        strategy: A key of `SELECTION_STRATEGIES`, or a function, which has no options.
         num_samples: Rows to take.
         options: Keywords of the strategy; None counts as not given.
 
@@ -236,12 +236,12 @@ def check_strategy(strategy: str, num_samples: int, options: Mapping) -> dict:
     Raises:
         InputError: The strategy or an option is unknown, or `num_samples` is not a whole number from 1.
     """
-    known = strategy_options(strategy)
+    known = () if callable(strategy) else strategy_options(strategy)
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in known:
             expected = "one of " + ", ".join(known) if known else "no option"
-            what = f"strategy '{strategy}' has no option '{name}'"
+            what = f"strategy '{getattr(strategy, 'name', strategy)}' has no option '{name}'"
             raise InputError(what, expected=expected, fix=suggest(name, known))
     if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
         raise InputError(f"num_samples is {num_samples}", expected="a whole number from 1")
@@ -309,7 +309,7 @@ def below_threshold(quality: pd.Series, threshold: float, num_samples: int) -> I
 # %% ../../nbs/data/08_sample.ipynb #cell-36
 def select_images(
     table: pd.DataFrame,
-    strategy: str = "quality_mix",
+    strategy: str | Callable[[pd.DataFrame, int], Selection] = "quality_mix",
     num_samples: int = 100,
     *,
     seed: int = 42,
@@ -323,7 +323,8 @@ def select_images(
     Args:
         table: Columns `path` (unique), `error` if there is one ("" or NaN for usable rows), and what the strategy
             looks at.
-        strategy: A key of `SELECTION_STRATEGIES`.
+        strategy: A key of `SELECTION_STRATEGIES`, or a function from the candidates, in the shuffled order, and
+            `num_samples` to a `Selection`.
         num_samples: Rows to choose.
         seed: The same seed chooses the same rows, in any order of the table.
         quality_threshold: Rows with less `quality` are not candidates; None means 40 for quality_mix and no gate for
@@ -342,7 +343,8 @@ def select_images(
     if quality_threshold is None and strategy == "quality_mix":
         quality_threshold = DEFAULT_THRESHOLD
     pool, left_out = candidates(table, num_samples, seed=seed, quality_threshold=quality_threshold, groups=groups)
-    chosen = SELECTION_STRATEGIES[strategy](pool, num_samples, **options)
+    choose = strategy if callable(strategy) else SELECTION_STRATEGIES[strategy]
+    chosen = choose(pool, num_samples, **options)
     plan, warnings = chosen.plan.copy(), list(chosen.warnings)
     for reason, count in left_out.items():
         plan.loc[len(plan)] = [f"({reason})", 0, count, 0, "not chosen"]
