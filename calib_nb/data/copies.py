@@ -124,7 +124,7 @@ NEAR = 0.7  # least product with the best window; COCO: copies from 0.75 on, 1 o
 MOST_NEAR = 8  # pairs that are looked at for a view
 _UPRIGHT = tuple(WINDOWS.index(w) for w in WINDOWS if w[0] == w[1] or _ENDS[1] not in w)  # whole, middle, corners
 _MIRRORED = tuple(WINDOWS.index(w) for w in (WINDOWS[0], (_ENDS[1], _ENDS[1])))  # whole, middle
-_TILE, _MOST_COARSE = (1024, 4096), 64
+_TILE, _MOST_COARSE = (512, 1024), 64  # products that fit a cache
 
 
 def _nearest(rows: np.ndarray) -> np.ndarray:
