@@ -31,6 +31,7 @@ QUICK = {
     "face-alignment": {"method": "minmax", "drift_images": 10},
     "yunet": {"method": "minmax"},
     "edgeface": {"method": "minmax", "num_calibration": 40},
+    "face-training": {"epochs": 3, "int8_epochs": 1},
 }
 
 
