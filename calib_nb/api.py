@@ -23,6 +23,7 @@ from .core.parallel import parallel_map
 from .data.audit import Audit, audit_folder
 from .data.duplicates import held_out
 from .data.images import decode, find_images
+from .graph.contract import read_contract, single_input
 from .npu.config import CompilerConfig, load_config
 from .npu.input_probe import input_chain, propose_input
 from .quant.cover_set import CoverageStrategy
@@ -367,8 +368,19 @@ def coverage(
     Raises:
         InputError: There is no config, and the model does not say what it wants.
         ConfigError: The config cannot be read.
+        ModelError: The model cannot be read, or has no single input of batch 1.
     """
-    preprocess = input_chain(propose_input(model)) if config is None else load_config(config).preprocess
+    single_input(read_contract(model))  # refused now, not when the images are scored
+    if config is not None:
+        preprocess = load_config(config).preprocess
+    else:
+        try:
+            preprocess = input_chain(propose_input(model))
+        except InputError as e:
+            fix = "write one with calib-nb config, and name it"
+            raise InputError(
+                f"what {Path(model).name} wants cannot be told from it", expected="a config", fix=fix
+            ) from e
     return CoverageStrategy(model, preprocess, quotas=quotas, column=column, **settings)
 
 # %% ../nbs/01_front_door.ipynb #cell-30

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from typer.testing import CliRunner
 
-from calib_nb.core.errors import InputError
+from calib_nb.api import coverage
+from calib_nb.commands.npu import app
+from calib_nb.core.errors import CalibError, InputError
 from calib_nb.data.dataset import OBSERVED, prepare
 from calib_nb.data.demo_photos import graded_photos
 from calib_nb.data.preprocess import Preprocess
@@ -184,3 +187,26 @@ def test_a_journal_of_another_model_is_not_used(folder):
         )
     (new,) = (folder / ".again.partial").glob(OBSERVED)
     assert new.name != old.name
+
+
+def test_the_front_door_refuses_before_images_are_scored(folder):
+    with pytest.raises(CalibError, match="no such model"):
+        coverage(folder / "nowhere.onnx")
+    with pytest.raises(InputError, match="cannot be told from it.*a config"):
+        coverage(folder / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--strategy coverage", "without a model"),
+        ("--strategy random --quotas good=1", "with strategy random"),
+        ("--strategy covrage", "coverage"),
+        ("--strategy coverage --model net.onnx --quotas good", "shares"),
+    ],
+)
+def test_the_command_refuses_in_one_line(folder, monkeypatch, line, message):
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(app, f"prepare --source-dir images --output-dir never {line}".split())
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert not list(folder.glob("*never*"))

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .options import words_of
-from ..core.errors import InputError
+from ..core.errors import InputError, require_known
 
 # %% ../../nbs/commands/02_npu.ipynb #cell-7
 app = typer.Typer()
@@ -103,6 +103,8 @@ def prepare(
 
 def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None):
     """The name of a strategy, or the one that runs a model."""
+    from calib_nb.data.sample import SELECTION_STRATEGIES
+
     if name == "coverage":
         if model is None:
             raise InputError("--strategy coverage without a model", expected="--model M.onnx")
@@ -111,7 +113,7 @@ def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | 
         return coverage(model, config, quotas=_shares(quotas))
     if model or config or quotas:
         raise InputError(f"--model, --config or --quotas with strategy {name}", fix="take --strategy coverage")
-    return name
+    return require_known(name, [*SELECTION_STRATEGIES, "coverage"], "strategy")
 
 
 def _shares(text: str | None) -> dict[str, float] | None:
