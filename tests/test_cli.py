@@ -205,6 +205,12 @@ def test_the_whole_job_step_by_step(demo, job):
     assert result.returncode == 1 and "over the budget" in result.stderr
 
 
+def test_a_predicted_drop_over_the_budget_ends_with_1(demo, job):
+    line = f"quantize --model {demo / 'tagger.onnx'} --config demo.json --output poor.onnx --method kl --num-samples 4"
+    result = calib_nb(f"{line} --labels {demo / 'val/instances.json'} --task tags --budget 0", job)
+    assert result.returncode == 1 and "predicted drop of map" in result.stdout and "over the budget" in result.stderr
+
+
 def test_an_int8_model_is_not_quantized_again(job):
     result = calib_nb("quantize --model int8.onnx --config demo.json --output twice.onnx", job)
     assert result.returncode == 2 and "already quantized" in result.stderr and not (job / "twice.onnx").exists()

@@ -331,3 +331,9 @@ def test_the_code_is_tidy():
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_every_bar_can_be_switched_off_from_outside():
+    """`--quiet` sets TQDM_DISABLE, which any value of `disable` would overrule."""
+    overruled = [p.name for p in (ROOT / "calib_nb").rglob("*.py") if re.search(r"disable=(not|False)", p.read_text())]
+    assert not overruled, "use core.parallel.bar_switch"

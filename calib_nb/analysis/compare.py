@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError
+from ..core.parallel import bar_switch
 from ..core.similarity import decibels, similarity
 from ..data.images import decode
 from ..graph.contract import model_mb, open_session, session_threads
@@ -136,7 +137,7 @@ def run_model(session, task: Task, *, progress: bool = True, desc: str = "run") 
         ModelError: The model cannot run on an input, or an output holds NaN or infinity.
     """
     source, names, outputs = session.get_inputs()[0].name, [o.name for o in session.get_outputs()], []
-    for k, sample in enumerate(tqdm(task.samples, desc=desc, unit="sample", disable=not progress)):
+    for k, sample in enumerate(tqdm(task.samples, desc=desc, unit="sample", **bar_switch(progress))):
         label = Path(sample).name if isinstance(sample, str | Path) else f"number {k}"
         x = task.load(sample)
         try:

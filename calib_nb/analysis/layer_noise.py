@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .match import QDQ, MatchedModels, MatchedQuantizer, Unit, roots
+from ..core.parallel import bar_switch
 from ..core.similarity import decibels, sqnr
 from ..graph.model import Graph, open_graph
 from ..quant.bias_clip import only_reader
@@ -340,7 +341,7 @@ def measure_layers(
     masked = {name for name, n in readers.items() if n is not None and n.op_type in masks}
     rows, alone = {u.tensor: _Row(u, matched.factors, u.tensor in masked) for u in units}, separate_units(matched)
     parts = list(_portions(matched.float_graph, list(rows), 3))
-    with tqdm(total=len(parts) * len(inputs), desc="diagnose", unit="run", disable=not progress) as bar:
+    with tqdm(total=len(parts) * len(inputs), desc="diagnose", unit="run", **bar_switch(progress)) as bar:
         for part in parts:
             _measure_part(matched, alone, {name: rows[name] for name in part}, inputs, threads, bar)
     return pd.DataFrame([row.result(matched) for row in rows.values()])

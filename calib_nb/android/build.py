@@ -23,6 +23,7 @@ from .fetch import android_sources, fetch_all, read_lock
 from .stubs import write_stubs
 from ..core.cache import cache_key, cached
 from ..core.errors import CalibError, InputError, ModelError, require_known
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file, cache_root, sha256_file, sha256_folder
 
 # %% ../../nbs/android/03_build.ipynb #cell-7
@@ -107,7 +108,7 @@ class BuildSteps:
     def __init__(self, *, progress: bool = True, total: int | None = None):
         from tqdm.auto import tqdm
 
-        self.rows, self.bar = [], tqdm(total=total, desc="build", unit="step", disable=not progress)
+        self.rows, self.bar = [], tqdm(total=total, desc="build", unit="step", **bar_switch(progress))
 
     def run(self, name: str, settings: Mapping, make: Callable, *, probe: str) -> Path:
         """The folder of a step.

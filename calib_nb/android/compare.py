@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from ..core.run import read_json, sha256_file
 from ..quant.observe import network_input
 
@@ -156,7 +157,7 @@ def compare_phone(
     tagger, paths = open_tagger(program, threads=threads), _photo_paths([p["name"] for p in phone["photos"]], photos)
     name, labels, threshold = tagger.session.get_inputs()[0].name, phone["labels"], phone["plan"]["threshold"]
     inputs = {k: network_input(path, tagger.preprocess) for k, path in paths.items()}
-    bar = tqdm(inputs.items(), desc="images", unit="image", disable=not progress)
+    bar = tqdm(inputs.items(), desc="images", unit="image", **bar_switch(progress))
     here = {k: np.ravel(tagger.session.run(None, {name: x})[0]) for k, x in bar}
     step, rows = output_step(np.concatenate(list(here.values()))), []
     times = latency({"pc": tagger.session}, next(iter(inputs.values())), runs=20)

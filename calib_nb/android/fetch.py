@@ -24,6 +24,7 @@ from pathlib import Path
 import calib_nb
 from ..core.cache import cached
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from ..core.run import cache_root, sha256_file
 
 # %% ../../nbs/android/01_fetch.ipynb #cell-7
@@ -233,7 +234,7 @@ def fetch_all(names: Sequence[str] = (), *, progress: bool = True) -> dict[str, 
     lock = read_lock()
     chosen = [lock[require_known(name, lock, "package")] for name in names or lock]
     folders = {}
-    with tqdm(total=sum(p.megabytes for p in chosen), unit="MB", desc="fetch", disable=not progress) as bar:
+    with tqdm(total=sum(p.megabytes for p in chosen), unit="MB", desc="fetch", **bar_switch(progress)) as bar:
         for package in chosen:
             bar.set_postfix_str(package.name)
             folders[package.name] = fetch_package(package)

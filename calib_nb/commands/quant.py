@@ -17,6 +17,20 @@ from .options import words_of
 app = typer.Typer()
 
 
+def _task_names(incomplete: str) -> list[str]:
+    """Names of tasks that begin so, for the shell's completion."""
+    from calib_nb.analysis.tasks import task_kinds
+
+    return [name for name in task_kinds() if name.startswith(incomplete)]
+
+
+_Labels = Annotated[Path | None, typer.Option(help="Labelled data to score; --task says of what kind.")]
+_Task = Annotated[str | None, typer.Option(help="Task of the labels, for instance tags.", autocompletion=_task_names)]
+_Budget = Annotated[
+    float | None, typer.Option(min=0, help="Largest acceptable drop of the metric; exit code 1 when it is exceeded.")
+]
+
+
 def _method_names(incomplete: str) -> list[str]:
     """Range methods and recipes that begin so, for the shell's completion."""
     return words_of("quant.recipe", "RECIPES")(incomplete) + words_of("quant.ranges", "RANGE_METHODS")(incomplete)
@@ -64,16 +78,21 @@ def quantize(
             "(default: as the target says; of the shipped ones ort-cpu does).",
         ),
     ] = None,
+    labels: _Labels = None,
+    task: _Task = None,
+    budget: _Budget = None,
 ):
     """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs.
 
     Before it is written the network runs on some of the images, with ONNX Runtime's optimizer and without. Outputs
-    below 6 dB, of which a quarter is noise, are unusable: exit code 1.
+    below 6 dB, of which a quarter is noise, are unusable: exit code 1. With --labels the drop of the task's metric is
+    predicted on them; keep them apart from the images that calibrate and from those that you score in the end.
     """
     from dataclasses import replace
 
     from calib_nb import api
-    from calib_nb.core.errors import CheckFailed
+    from calib_nb.analysis.tasks import task_kind
+    from calib_nb.core.errors import CheckFailed, InputError
     from calib_nb.npu.config import load_config
     from calib_nb.npu.vendor_hints import retries
     from calib_nb.quant.quantize import FLOOR_DB
@@ -82,6 +101,10 @@ def quantize(
 
     settings = load_config(config)
     files = api.image_files(images, settings, most=num_samples or settings.calibration_num)
+    if (labels is None) != (task is None) or (labels is None and budget is not None):
+        raise InputError("--labels, --task or --budget alone", expected="--labels with --task, and --budget with both")
+    if labels:  # read before minutes of work
+        task_kind(task).make(labels, settings.preprocess)
     target = profile if avx2_safe is None else replace(find_profile(profile), avx2_safe=avx2_safe)
     rare = {"stats": stats, "keep_float": tuple(keep_float or ())}
     int8 = api.quantize(model, settings, output, method=method, profile=target, images=files, **rare)
@@ -103,6 +126,14 @@ def quantize(
         raise CheckFailed(
             what, expected=f"at least {FLOOR_DB:g} dB", fix=f"{step}, or keep nodes in float (--keep-float)"
         )
+    if labels:
+        options = api.CompareOptions(latency_runs=2)
+        predicted = api.compare(model, int8, labels=labels, task=task, budget=budget, options=options)
+        row = predicted.table.iloc[-1]
+        interval = f"{row.drop_low:.4f} to {row.drop_high:.4f}"
+        typer.echo(f"predicted drop of {predicted.primary}: {row['drop']:.4f} ({interval}), {row.verdict}")
+        if row.verdict == "over budget":
+            raise CheckFailed(f"over the budget of {budget:g}", fix="which layers: calib-nb diagnose")
 
 # %% ../../nbs/commands/03_quant.ipynb #cell-11
 @app.command(epilog="Example: calib-nb stability --stats yunet_stats.npz --output stability.png")
@@ -128,13 +159,6 @@ def stability(
         typer.echo(f"figure: {save_figure(plot_stability(table, tolerance=tolerance), output)}")
 
 # %% ../../nbs/commands/03_quant.ipynb #cell-14
-def _task_names(incomplete: str) -> list[str]:
-    """Names of tasks that begin so, for the shell's completion."""
-    from calib_nb.analysis.tasks import task_kinds
-
-    return [name for name in task_kinds() if name.startswith(incomplete)]
-
-
 @app.command(
     epilog="Example: calib-nb compare --float yunet.onnx --int8 yunet_int8.onnx --config yunet.json --images others "
     "--budget 0.01"
@@ -146,18 +170,11 @@ def compare(
         Path, typer.Option(help="The config: preprocessing, and the calibration images, which are not scored.")
     ],
     images: Annotated[Path | None, typer.Option(help="Folder of images to score without labels.")] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Labelled data to score instead; --task says of what kind.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Task of the labels, for instance tags.", autocompletion=_task_names)
-    ] = None,
+    labels: _Labels = None,
+    task: _Task = None,
     coco: Annotated[Path | None, typer.Option(help="COCO JSON: short for --labels FILE --task tags.")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Unlabelled images to score at most.")] = 200,
-    budget: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest acceptable drop; exit code 1 when it is exceeded, or outputs are unusable."),
-    ] = None,
+    budget: _Budget = None,
     seed: Annotated[int, typer.Option(help="Of the choice of images, and of the interval.")] = 42,
     threads: Annotated[int, typer.Option(min=1, help="Threads for each model.")] = 2,
     output: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,

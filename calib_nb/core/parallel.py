@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_SECONDS', 'LARGEST_BATCH', 'BATCHES_PER_WORKER', 'MOST_WORKERS', 'current_engine', 'cpu_count', 'Journal',
-           'run_batch', 'next_batch_size', 'parallel_map']
+           'run_batch', 'next_batch_size', 'bar_switch', 'parallel_map']
 
 # %% ../../nbs/core/03_parallel.ipynb #cell-2
 import contextlib
@@ -167,6 +167,20 @@ _BAR = ("total", "desc", "unit")
 current_engine: ContextVar[Callable[[int], object] | None] = ContextVar("current_engine", default=None)
 
 
+def bar_switch(progress: bool) -> dict[str, bool]:
+    """What tqdm is told: nothing where a bar may show, since any `disable` would overrule TQDM_DISABLE.
+
+    Args:
+        progress: Whether a bar may show.
+
+    Returns:
+        Keyword arguments.
+
+    Source: tqdm's environment variables.
+    """
+    return {} if progress else {"disable": True}
+
+
 def parallel_map(
     function: Callable,
     items: Iterable,
@@ -207,7 +221,7 @@ def parallel_map(
     workers = min(workers, MOST_WORKERS)
     if bar.get("total") is None and hasattr(items, "__len__"):
         bar["total"] = len(items)
-    shown = {"unit": "image", **bar, **({} if progress else {"disable": True})}
+    shown = {"unit": "image", **bar, **bar_switch(progress)}
     book = None if journal is None else Journal(journal, signature)
     return _ordered(function, iter(items), (current_engine.get() or _Threads)(workers), book, key or str, shown)
 

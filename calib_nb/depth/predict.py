@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import ImageError, InputError, ModelError, require_known, shorten
-from ..core.parallel import Journal
+from ..core.parallel import Journal, bar_switch
 from ..core.run import atomic_file, read_json, versions, write_json
 from ..data.bins import require_columns
 from ..data.images import decode, encode_png, find_images
@@ -245,7 +245,7 @@ def predict_depth(
     _claim(folder, settings)
     journal, rows = Journal(folder / _JOURNAL, json.dumps(settings)), []
     try:
-        for row in tqdm(images.to_dict("records"), desc="infer", unit="image", disable=not progress):
+        for row in tqdm(images.to_dict("records"), desc="infer", unit="image", **bar_switch(progress)):
             try:
                 file = locate_file(source, row["path"])
                 if file is None:

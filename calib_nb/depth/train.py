@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError, require_known
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file
 from ..data.preprocess import PRESETS
 from .losses import DEPTH_LOSSES, PENALTIES, mean_penalty, range_penalty, smoothness_loss
@@ -402,7 +403,7 @@ def train_depth(
         initial=len(run.history) * steps * settings.batch,
         desc="train",
         unit="frame",
-        disable=not progress,
+        **bar_switch(progress),
     )
 
     def report(step: int, rate: float, loss: float) -> None:

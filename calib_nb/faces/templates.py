@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, shorten
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file, sha256_file, versions
 from ..data.images import decode
 from .align import align
@@ -246,7 +247,7 @@ def pair_scores(
     path = faces.meta("template_pair_label.txt")
     count = check_pairs(faces)
     scores, same, done = np.empty(count), np.empty(count, bool), 0
-    with tqdm(total=count, unit="pair", unit_scale=True, desc="pairs", disable=not progress) as bar:
+    with tqdm(total=count, unit="pair", unit_scale=True, desc="pairs", **bar_switch(progress)) as bar:
         for part in _pair_parts(path):
             places = [np.searchsorted(ids, column) for column in part[:2]]
             for start in range(0, len(part[2]), 4096):

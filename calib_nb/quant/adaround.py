@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from ..core.seeds import one_thread
 from ..graph.layers import Layer, get_bias, get_weight, layers, set_weight
 from ..graph.model import Graph, attribute
@@ -240,7 +241,7 @@ def adaround(
         raise InputError("no images to learn rounding from", expected="at least one", fix="32 are a usual number")
     new = graph.copy()
     visits = zip(walk(graph, images, threads=threads), walk(new, images, threads=threads))
-    bar = tqdm(visits, total=len(layers(graph)), desc="round", unit="layer", **({} if progress else {"disable": True}))
+    bar = tqdm(visits, total=len(layers(graph)), desc="round", unit="layer", **bar_switch(progress))
     for wanted, visit in bar:
         layer, weight = visit.layer, get_weight(new, visit.layer)
         if layer.output in skip:

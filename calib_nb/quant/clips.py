@@ -15,6 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from ..graph.layers import aliases
 from ..graph.model import Graph, open_graph
 from .black_boxes import GRANULARITIES, BlackBox
@@ -409,7 +410,7 @@ def choose_clips(
     trials = ClipTrials(graph, variants["minmax"], choices, boxes, threads=options.threads)
     descent = _Descent(trials, list(inputs)[: options.inputs], reference, options, runs)
     order = list(_order(choices))
-    with tqdm(total=runs, desc="clips", unit="run", disable=not options.progress) as bar:
+    with tqdm(total=runs, desc="clips", unit="run", **bar_switch(options.progress)) as bar:
         descent.run(order, list(tables), round(0.8 * runs), bar)
         if descent.over:
             descent.within_limit()

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from ..core.similarity import decibels
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
@@ -304,7 +305,7 @@ def harden_model(
     _, request = check_request(model, images, output, BOXES[0].profile)
     search = _Hardening(model, images, preprocess, options)
     beam, steps = [search.first], [step for step in HARDENING if step in options.steps]
-    for step in tqdm(steps, desc="harden", unit="step", disable=not options.progress):
+    for step in tqdm(steps, desc="harden", unit="step", **bar_switch(options.progress)):
         beam = _tried(search, beam, step)
     best, columns = beam[0], ["low", "high"]
     table, clips = search.table(best), pd.DataFrame(columns=columns) if best.cut is None else best.cut

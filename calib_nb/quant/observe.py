@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError, ModelError, suggest
+from ..core.parallel import bar_switch
 from ..data.images import decode
 from ..graph.contract import model_digest
 from ..graph.layers import activations
@@ -277,7 +278,7 @@ class _Pass:
     def run(self, progress):
         from tqdm.auto import tqdm
 
-        switch = {} if progress else {"disable": True}  # True would overrule TQDM_DISABLE
+        switch = bar_switch(progress)
         known = len(self.collector.labels)
         with (
             tqdm(total=self.total, initial=known, desc="observe", unit="image", **switch) as self.bar,

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from ..graph.layers import activations, aliases, macs
 from ..graph.model import Graph, attribute, open_graph
 from .quantize import range_table
@@ -394,7 +395,7 @@ def search_ranges(
 def _descend(descent: _Descent, windows: Sequence[Sequence[int]], methods: Sequence[str]) -> None:
     """Try on each window the ranges of the methods, then wider and narrower ones."""
     name = f"ranges (at most {descent.options.runs * descent.seconds:.0f} s)"
-    bar = tqdm(total=descent.options.runs, desc=name, unit="run", disable=not descent.options.progress)
+    bar = tqdm(total=descent.options.runs, desc=name, unit="run", **bar_switch(descent.options.progress))
     for window in windows:
         for method in methods:
             descent.attempt({k: descent.cells[k].place(method, descent.places[k]) for k in window})

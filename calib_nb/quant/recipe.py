@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from ..core.similarity import decibels
 from ..graph.layers import get_weight, layers, set_weight
 from ..graph.linear import rewrite
@@ -402,7 +403,7 @@ def auto(
     check_runs(search.written(search.first), search.trial())
     beam = [search.measure(search.first, "minmax", "plain minmax")]
     steps = [step for step in STEPS if step in options.steps]
-    for step in tqdm(steps, desc="recipe", unit="step", disable=not options.progress):
+    for step in tqdm(steps, desc="recipe", unit="step", **bar_switch(options.progress)):
         beam = _repaired(search, beam, step) if step in _REPAIRS else _chosen(search, beam, step)
     best, table = beam[0], search.table(beam[0])
     plan = best.plan

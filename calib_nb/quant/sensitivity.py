@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, ModelError
+from ..core.parallel import bar_switch
 from ..graph.layers import Layer, get_weight, layers, macs, set_weight
 from ..graph.model import Graph, attribute, open_graph
 from .target import Profile
@@ -107,7 +108,7 @@ def _halved(
     count = len(names) if len(names) <= most else max(1, most // 4)
     edges = [round(k * len(names) / count) for k in range(count + 1)]
     queue, measured, runs = [names[a:b] for a, b in zip(edges, edges[1:])], [], 0
-    with tqdm(total=min(len(names), most), desc="sensitivity", unit="run", disable=not progress) as bar:
+    with tqdm(total=min(len(names), most), desc="sensitivity", unit="run", **bar_switch(progress)) as bar:
         while queue:
             group = queue.pop(0)
             measured.append((group, measure(group)))

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
+from ..core.parallel import bar_switch
 from calib_nb.quant.ranges import (
     RANGE_METHODS,
     image_rows,
@@ -124,7 +125,7 @@ def stability_table(
     draws = {size: draw(stats, size, replicates, rng) for size in sizes}
     pools = {method: _pool_ranges(stats, method) for method in methods}
     tasks = [(method, size) for method in methods for size in sizes]
-    for method, size in tqdm(tasks, desc="stability", unit="size", disable=not progress):
+    for method, size in tqdm(tasks, desc="stability", unit="size", **bar_switch(progress)):
         moved = drift(resampled_ranges(stats, method, draws[size]), pools[method])
         worst = np.quantile(moved, 0.95, axis=1)
         ends = np.quantile(worst, [0.025, 0.975])

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.cache import cached
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from ..core.run import sha256_file
 from ..data.preprocess import Preprocess, preset
 from ..graph.export import export_onnx
@@ -100,7 +101,7 @@ def train_compact(
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=1e-2)
         cycle = {"total_steps": max(epochs * steps, 10), "pct_start": 0.25}
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, **cycle)
-        for _ in (bar := tqdm(range(epochs), desc="train", unit="epoch", disable=not progress)):
+        for _ in (bar := tqdm(range(epochs), desc="train", unit="epoch", **bar_switch(progress))):
             total = 0.0
             for chosen in torch.randperm(len(x))[: steps * batch].split(batch):
                 flips = [axis for axis in (2, 3) if torch.rand(()) < 0.5]

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from ..core.run import atomic_folder
 
 # %% ../../nbs/tags/14_download.ipynb #cell-6
@@ -109,7 +110,7 @@ class ResumingDownloader:
                     desc=Path(url).name,
                     unit="B",
                     unit_scale=True,
-                    **({} if self.progress else {"disable": True}),
+                    **bar_switch(self.progress),
                 ) as bar,
             ):
                 for chunk in response.iter_content(1 << 16):  # a broken connection loses the chunk that it breaks in
@@ -134,7 +135,7 @@ def unpack(archive: str | Path, folder: str | Path, *, progress: bool = True) ->
     folder = Path(folder)
     try:
         with zipfile.ZipFile(archive) as z, atomic_folder(folder) as new:
-            for member in tqdm(z.infolist(), desc=folder.name, unit="file", **({} if progress else {"disable": True})):
+            for member in tqdm(z.infolist(), desc=folder.name, unit="file", **bar_switch(progress)):
                 parts = PurePosixPath(member.filename).parts
                 if ".." in parts or parts[:1] != (folder.name,):
                     raise InputError(f"{archive} holds '{member.filename}'", expected=f"files in {folder.name}/ only")

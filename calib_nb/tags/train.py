@@ -20,6 +20,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import CheckFailed, InputError, ModelError
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file
 from ..nets.checkpoint import load_imagenet, read_checkpoint, restore_training, restoring
 from ..nets.processes import Ranks, amp_type, cosine, fixed_numerics, process_group
@@ -178,7 +179,7 @@ class Trainer:
             range(self.steps_per_epoch),
             desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
             unit="batch",
-            **({} if self.progress else {"disable": True}),
+            **bar_switch(self.progress),
         )
         for k in bar:
             step = self.epoch * self.steps_per_epoch + k
