@@ -1,5 +1,8 @@
 """Files and folders that are written: by several runs at once, through links, under long names, after kills."""
 
+import contextlib
+import ctypes
+import functools
 import os
 import threading
 import time
@@ -50,21 +53,46 @@ def test_of_two_runs_that_write_one_folder_one_is_refused_and_the_other_is_whole
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["a"] and not hidden(tmp_path)
 
 
-def test_a_folder_is_locked_until_it_is_in_place(tmp_path, monkeypatch):
-    refused, replace = [], os.replace
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="two names are not exchanged in one step here")
+@pytest.mark.parametrize("step", range(3))
+def test_a_kill_between_any_two_steps_leaves_the_old_folder_or_the_new_one(step, tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "set") as folder:
+        (folder / "a").write_text("old")
+    calls = []
 
-    def replace_while_another_comes(*paths):
+    def killed_at(function, *arguments):
+        if len(calls) == step:
+            raise SystemExit
+        calls.append(1)
+        return function(*arguments)
+
+    for owner, name in ((files, "_exchanged"), (files.Path, "rmdir")):
+        monkeypatch.setattr(owner, name, functools.partial(killed_at, getattr(owner, name)))
+    with contextlib.suppress(SystemExit), atomic_folder(tmp_path / "set") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "set" / "a").read_text() == ("old" if step < 2 else "new") and len(calls) == step
+    monkeypatch.undo()
+    with atomic_folder(tmp_path / "set") as folder:
+        (folder / "a").write_text("newest")
+    assert (tmp_path / "set" / "a").read_text() == "newest" and [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_folder_is_locked_until_it_is_in_place(tmp_path, monkeypatch):
+    refused = []
+
+    def while_another_comes(function, *paths):
         try:
             with atomic_folder(tmp_path / "set"):
                 pass
         except InputError as e:
             refused.append(e)
-        replace(*paths)
+        return function(*paths)
 
     (tmp_path / "set").mkdir()
     with atomic_folder(tmp_path / "set") as folder:
         (folder / "a").write_text("1")
-        monkeypatch.setattr(files.os, "replace", replace_while_another_comes)
+        for owner, name in ((files.os, "replace"), (files, "_exchanged")):
+            monkeypatch.setattr(owner, name, functools.partial(while_another_comes, getattr(owner, name)))
     monkeypatch.undo()
     assert len(refused) == 2  # the older folder leaves, the new one comes
     assert (tmp_path / "set" / "a").exists() and not hidden(tmp_path)

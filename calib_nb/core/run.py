@@ -9,6 +9,7 @@ __all__ = ['RESULT_PACKAGES', 'atomic_file', 'lock_file', 'atomic_folder', 'priv
 
 # %% ../../nbs/core/02_run.ipynb #cell-2
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
@@ -234,9 +235,23 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system has no renameat2(2), or not for these files."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if fcntl else None
+    # -100 is AT_FDCWD, 2 is RENAME_EXCHANGE
+    return bool(rename) and rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
+
+
 def _swap(new: Path, path: Path, old: Path) -> None:
     """Put `new` at `path`; what stood there goes to `old`, and comes back when that fails."""
     if path.exists():
+        with _claimed(old, path):
+            # A kill at any moment leaves a whole folder at `path`; at `new` stands a locked one to the end.
+            if _exchanged(new, old):
+                if _exchanged(old, path):
+                    return new.rmdir()
+                _exchanged(new, old)
+        old.rmdir()
         os.replace(path, old)
     try:
         os.replace(new, path)
