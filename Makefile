@@ -18,7 +18,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 # Runs again only when what it installs has changed.
-$(READY): constraints.txt settings.ini setup.py
+$(READY): constraints.txt settings.ini setup.py .ci/setup
 	@.ci/setup $(PYTHON)
 	@touch $(READY)
 

@@ -31,11 +31,16 @@ def is_example(source: str) -> bool:
 
 def shown(outputs: list[dict]) -> list[str]:
     """The texts among a cell's outputs, without addresses and temporary paths; pictures are left out."""
-    texts = []
+    texts, printing = [], False
     for output in outputs:
         if output["output_type"] == "stream" and output["name"] == "stdout":
-            texts.append("".join(output["text"]))
-        elif output["output_type"] in ("execute_result", "display_data") and "image/png" not in output["data"]:
+            text = "".join(output["text"])
+            # A busy machine hands over what one cell prints in several pieces.
+            texts = [*texts[:-1], texts[-1] + text] if printing else [*texts, text]
+            printing = True
+            continue
+        printing = False
+        if output["output_type"] in ("execute_result", "display_data") and "image/png" not in output["data"]:
             texts.append("".join(output["data"].get("text/plain", "")))
     return [TEMPORARY.sub("TMP", NUMBER_OF_ADDRESS.sub("0x", text)).strip() for text in texts if text.strip()]
 
