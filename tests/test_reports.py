@@ -20,8 +20,8 @@ from calib_nb.report import list_reports, report_notebook, report_parameters, ru
 
 NAMES = list(list_reports().index)
 SLOW = [pytest.param(name, marks=() if name == "npu-config" else pytest.mark.slow) for name in NAMES]
-# Their steps run in the notebooks of faces, depth and commands, too.
-LONG = ("depth", "edgeface", "face-alignment")
+# Their steps run in the notebooks of faces, depth, tags, training and commands, too.
+LONG = ("depth", "edgeface", "face-alignment", "face-training", "tags", "yunet")
 WHOLE = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES]
 # The recipe, and ExecuTorch programs, take longer than all the rest of a report: `quantize` shows the one, slow tests
 # the other.
@@ -89,7 +89,8 @@ def test_a_report_with_its_defaults(name, tmp_path):
         assert report.metrics.model.str.endswith(".pte").sum() == 3
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_parameters_give_the_same_metrics_byte_for_byte(name, root, tmp_path):
     first = root / name / "demo" / "demo" / "metrics.csv"
     if not first.exists():  # this test alone
