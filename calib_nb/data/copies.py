@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from ..core.parallel import bar_switch
+
 # %% ../../nbs/data/11_copies.ipynb #cell-7
 VIEW_SIDE = 64  # pixels
 _FLAT = 3  # gray levels: standard deviation within a row of a frame, and change from row to row
@@ -291,8 +293,8 @@ def find_copies(
         right, right_image, other_image = left, left_image, left_image
     else:
         other_image = right_image + left_image.max(initial=-1) + 1
-    hidden = {} if progress else {"disable": True}  # not False: TQDM_DISABLE counts, too
-    show = partial(tqdm, desc="search", unit="pass", **hidden)
+    switch = bar_switch(progress)
+    show = partial(tqdm, desc="search", unit="pass", **switch)
     rows = []
     for turned in (False,) if within else (False, True):
         sides = ((right, other_image), (left, left_image)) if turned else ((left, left_image), (right, other_image))
@@ -300,7 +302,7 @@ def find_copies(
         pairs = _finely_near(near_views(queries, views, query_image, view_image, show=show), queries, views)
         with ThreadPoolExecutor(workers) as pool:
             results = pool.map(partial(_agreement_of, queries, views), pairs)
-            values = list(tqdm(results, desc="align", unit="pair", total=len(pairs), **hidden))
+            values = list(tqdm(results, desc="align", unit="pair", total=len(pairs), **switch))
         ends = query_image[pairs[:, 0].astype(int)], view_image[pairs[:, 1].astype(int)]
         code = pairs[:, 3].astype(int)
         rows.append(pd.DataFrame({"a": ends[0], "b": ends[1], "agreement": values, "code": code}))

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import CheckFailed, InputError, ModelError
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file
 from ..faces.edgeface import edgeface, load_edgeface
 from ..nets.checkpoint import read_checkpoint, restore_training, restoring
@@ -358,12 +359,8 @@ def _epoch(trainer: FaceTrainer, val: FaceSet | None, folder: Path, progress: bo
     config, batches = trainer.config, trainer.batches
     batches.epoch, batches.first_step = divmod(trainer.step, batches.steps)
     first, start, pieces = batches.first_step, time.perf_counter(), iter(trainer.loader)
-    bar = tqdm(
-        range(first, batches.steps),
-        desc=f"epoch {batches.epoch + 1}/{config.epochs}",
-        unit="step",
-        **({} if progress else {"disable": True}),
-    )
+    epoch = f"epoch {batches.epoch + 1}/{config.epochs}"
+    bar = tqdm(range(first, batches.steps), desc=epoch, unit="step", **bar_switch(progress))
     with _board(trainer, folder) as write:
         for k in bar:
             loss = trainer.take_step(pieces)

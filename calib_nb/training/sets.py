@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from ..core.run import atomic_file
 from ..data.images import decode_bytes, find_images, read_image_bytes
 from .recordio import RecordFile, write_records
@@ -198,7 +199,7 @@ def same_photos(faces: FaceSet, *, progress: bool = True) -> pd.DataFrame:
     Returns:
         photo, person and group, a number for each set of equal photos; empty when there is none.
     """
-    rows = tqdm(range(len(faces)), desc="compare", unit="photo", **({} if progress else {"disable": True}))
+    rows = tqdm(range(len(faces)), desc="compare", unit="photo", **bar_switch(progress))
     digests = np.array([hashlib.blake2b(faces.read(k), digest_size=16).digest() for k in rows], "V16")
     _, group = np.unique(digests.view("S16"), return_inverse=True)
     table = pd.DataFrame({"row": range(len(faces)), "label": faces.labels, "group": group})
@@ -232,7 +233,7 @@ def pack_faces(folder: str | Path, output: str | Path, *, shard: int = 10_000, p
     output, faces = Path(output), load_faces(folder)
     if output.suffix not in (".rec", ".tar"):
         raise InputError(f"cannot write {output.name}", expected="NAME.rec or NAME.tar")
-    bar = tqdm(range(len(faces)), desc="pack", unit="photo", **({} if progress else {"disable": True}))
+    bar = tqdm(range(len(faces)), desc="pack", unit="photo", **bar_switch(progress))
     photos = ((k, int(faces.labels[k]), _checked(faces, k)) for k in bar)
     if output.suffix == ".rec":
         write_records(output, ((label, data) for _, label, data in photos))
