@@ -20,6 +20,7 @@ import calib_nb.commands.android
 import calib_nb.commands.audit
 import calib_nb.commands.depth
 import calib_nb.commands.depth_model
+import calib_nb.commands.doctor
 import calib_nb.commands.faces
 import calib_nb.commands.models
 import calib_nb.commands.npu
@@ -140,6 +141,7 @@ _parts = (
     calib_nb.commands.proof.app,
     calib_nb.commands.quant.app,
     _own,
+    calib_nb.commands.doctor.app,
 )
 # Words whose commands stand behind them.
 _groups = {
