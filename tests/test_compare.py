@@ -265,3 +265,25 @@ def test_latency_is_measured_in_turns():
 
     table = latency({"a": Session("a"), "b": Session("b")}, np.zeros(1), runs=12, warmup=2)
     assert calls == ["a"] * 12 + ["b"] * 12 + ["a"] * 4 + ["b"] * 4 and list(table.index) == ["a", "b"]
+
+
+def test_a_difference_within_the_spread_is_not_measurable(monkeypatch):
+    """Medians of 10, 11 and 20 ms with a spread of 4 ms: the second says nothing, the third does."""
+    clock = [0.0]
+    monkeypatch.setattr("calib_nb.analysis.compare.time.perf_counter", lambda: clock[0])
+
+    class Session:
+        def __init__(self, ms):
+            self.ms, self.turn = ms, 0
+
+        def get_inputs(self):
+            return [type("I", (), {"name": "x"})]
+
+        def run(self, names, feed):
+            self.turn += 1
+            clock[0] += (self.ms + (-2, 0, 2)[self.turn % 3]) / 1000
+
+    sessions = {"float": Session(10), "alike": Session(11), "slow": Session(20)}
+    table = latency(sessions, np.zeros(1), runs=9, warmup=0)
+    assert np.allclose(table.latency_iqr_ms, 4) and np.allclose(table.latency_ms[["float", "slow"]], [10, 20])
+    assert np.isnan(table.latency_ms["alike"])

@@ -251,14 +251,14 @@ def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, wa
     """Time of a run, measured in turns of ten runs.
 
     Args:
-        sessions: ONNX Runtime sessions by name.
+        sessions: ONNX Runtime sessions by name, the one that the others are compared with first.
         x: Input of all of them.
         runs: Runs of each that count.
         warmup: Runs in front of each block that do not count.
 
     Returns:
-        A row per model: latency_ms (median) and latency_iqr_ms, milliseconds; the first is NaN where the second is
-            not smaller, because the machine was too busy to tell.
+        A row per model: latency_ms (median) and latency_iqr_ms, milliseconds. The first is NaN where it was not
+            measurable here: the spread is as large as the median, or as its difference from the first model.
     """
     times = {name: [] for name in sessions}
     for first in range(0, runs, _BLOCK):
@@ -271,8 +271,11 @@ def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, wa
                 if k >= 0:
                     times[name].append(1000 * (time.perf_counter() - start))
     low, median, high = np.percentile(list(times.values()), [25, 50, 75], axis=1)
-    median = np.where(high - low < median, median, np.nan)
-    return pd.DataFrame({"latency_ms": median, "latency_iqr_ms": high - low}, index=pd.Index(sessions, name="model"))
+    spread = high - low
+    median = np.where(spread < median, median, np.nan)
+    hidden = np.abs(median - median[0]) <= np.maximum(spread, spread[0])
+    median[1:] = np.where(hidden, np.nan, median)[1:]
+    return pd.DataFrame({"latency_ms": median, "latency_iqr_ms": spread}, index=pd.Index(sessions, name="model"))
 
 # %% ../../nbs/analysis/01_compare.ipynb #cell-32
 def verdict(drop: Drop, budget: float | None, output_db: float = np.inf) -> str:
