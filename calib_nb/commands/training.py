@@ -83,6 +83,13 @@ def train_int8(
             autocompletion=words_of("quant.target", "PROFILES"),
         ),
     ] = "int8-only",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How to quantize first: auto, thorough, or a range method such as minmax.",
+            autocompletion=words_of("quant.recipe", "RECIPES"),
+        ),
+    ] = "auto",
     int8: Annotated[
         Path | None, typer.Option(help="INT8 (QDQ) file of the model to start from, instead of quantizing here.")
     ] = None,
@@ -98,8 +105,8 @@ def train_int8(
     from calib_nb.training.int8_files import int8_settings, tune_int8
 
     config = int8_settings(faces, output, settings or ())
-    rare = {"profile": profile, "int8": int8, "weight_bits": weight_bits, "calibration": num_samples}
-    result = tune_int8(model, config, **rare)
+    rare = {"profile": profile, "method": method, "int8": int8, "weight_bits": weight_bits}
+    result = tune_int8(model, config, calibration=num_samples, **rare)
     typer.echo(text_table(result.history))
     if result.table is not None:
         typer.echo(text_table(result.table.rename_axis("model").reset_index().round(4)))

@@ -100,6 +100,21 @@ def _operators() -> dict[str, Callable]:
     }
 
 
+def _scale_of_bits(weights, scale, lowest: int, highest: int):
+    """The scale, up to the one given that clips nothing, whose rounding error over the weights is least."""
+    import torch
+
+    others = [k for k in range(weights.ndim) if scale.ndim == 0 or scale.shape[k] == 1]
+    best, least = scale, None
+    for share in np.linspace(1, 0.15, 35):
+        step = scale * float(share)
+        error = (torch.clamp(torch.round(weights / step), lowest, highest) * step - weights).square()
+        error = error.sum(others, keepdim=scale.ndim > 0)
+        least = error if least is None else least
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
+
+
 def _make_network():
     """The class, made when torch is there."""
     import onnx
@@ -153,7 +168,7 @@ def _make_network():
                 self.latent[self._key(source)] = nn.Parameter(whole * values)
                 if self.bits and stored.ndim > 1:
                     lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-                    values = values * (127 / highest)
+                    values = _scale_of_bits(whole * values, values * (127 / highest), lowest, highest)
             if (key := self._key(scale)) not in self.scales:
                 self.scales[key] = nn.Parameter(torch.ones_like(values))
                 self.register_buffer(f"first_{key}", values, persistent=False)
@@ -279,7 +294,7 @@ def QdqNetwork(path: str | Path, *, weight_bits: int | None = None):
 
     Args:
         path: The file: one input [1,C,H,W], one output.
-        weight_bits: Bits of weights where they are fewer than the file's 8; scales begin larger by as much.
+        weight_bits: Bits of weights where they are fewer than the file's 8; scales begin where they round best.
 
     Returns:
         The module; `write(path)` puts what it learned into a copy of the file.

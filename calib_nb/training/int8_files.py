@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..analysis.tasks import task_noise
 from ..core.errors import InputError
 from ..core.run import atomic_file, sha256_file
 from ..data.preprocess import preset
 from ..faces.embed import onnx_file
 from ..graph.contract import read_contract
 from ..graph.fixed import fix_batch
-from ..quant.quantize import quantize_static
+from ..quant.ranges import RANGE_METHODS
+from ..quant.recipe import quantize_by
 from .int8_aware import QdqNetwork, train_int8_aware
 from .samples import FaceSamples
 from .scores import embed_faces, open_network, verification_of
@@ -107,6 +109,7 @@ def tune_int8(
     config: FaceTrainConfig,
     *,
     profile: str = "int8-only",
+    method: str = "auto",
     int8: str | Path | None = None,
     weight_bits: int | None = None,
     calibration: int = 100,
@@ -118,6 +121,7 @@ def tune_int8(
         model: EdgeFace checkpoint (.pt, .pth) or float ONNX file.
         config: As of `int8_settings`; the trained file lies beside its `output`.
         profile: Target of the quantization, or the YAML file of one.
+        method: How it is quantized first, as of `calib_nb.quant.recipe.quantize_by`.
         int8: QDQ file of the same model to start from, instead of quantizing here.
         weight_bits: Bits of weights where they are fewer than 8.
         calibration: Photos to quantize with.
@@ -138,13 +142,20 @@ def tune_int8(
     shape = read_contract(given).inputs[0].shape
     float_model = given if shape[0] == 1 else fix_batch(given, folder / "float.onnx")
     config = config.model_copy(update={"size": int(shape[2]), "teacher": Path(model), "weights": None})
-    start = {"model": sha256_file(model), "profile": str(profile), "bits": weight_bits, "photos": calibration}
+    start = {
+        "model": sha256_file(model),
+        "profile": str(profile),
+        "method": method,
+        "bits": weight_bits,
+        "photos": calibration,
+    }
     start |= {"int8": sha256_file(int8) if int8 else None}
     begin = Path(int8) if int8 else folder / "ptq.onnx"
     _check_start(folder, start)
     if int8 is None and not ((folder / "last.pth").exists() and begin.exists()):
         photos, chain = calibration_photos(config, calibration), preset("edgeface", size=(config.size, config.size))
-        quantize_static(float_model, photos, chain, begin, profile=profile, progress=progress)
+        rare = {} if method in RANGE_METHODS else {"noise": task_noise(float_model)}
+        quantize_by(method, float_model, photos, chain, begin, profile=profile, progress=progress, **rare)
     network = QdqNetwork(begin, weight_bits=weight_bits)
     quantized = network.write(folder / f"ptq_{weight_bits}bit.onnx") if weight_bits else begin
     training = train_int8_aware(config, begin, output, weight_bits=weight_bits, progress=progress)
