@@ -11,7 +11,8 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from calib_nb.analysis.diagnose import Thresholds, diagnose_model, diagnosis_page, plot_diagnosis
+from calib_nb.analysis.diagnose import Thresholds, diagnose_model, plot_diagnosis
+from calib_nb.analysis.diagnosis_page import diagnosis_page
 from calib_nb.analysis.match import match_models
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.similarity import similarity

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['GRADES', 'Thresholds', 'grades', 'next_step', 'worst_upstream', 'Diagnosis', 'diagnose_model', 'short_names',
-           'plot_diagnosis', 'diagnosis_page']
+           'plot_diagnosis']
 
 # %% ../../nbs/analysis/04_diagnose.ipynb #cell-2
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .layer_noise import intended_factors, measure_layers
-from .match import match_models
+from .match import MatchedModels, match_models
 from ..core.errors import InputError, ModelError
-from ..core.page import heading, html_figure, html_list, html_page, html_table, save_page
-from ..quant.observe import network_input
+from ..graph.model import Graph
+from ..quant.observe import network_input, observe
 from ..quant.quantize import read_history
+from ..quant.stats import ActivationStats
 
 # %% ../../nbs/analysis/04_diagnose.ipynb #cell-10
 GRADES = ("Critical", "Warning", "OK")
@@ -143,6 +144,9 @@ class Diagnosis:
         outputs: The float model's outputs.
         unmatched: Nodes without a counterpart in the INT8 file.
         thresholds: What counted as bad.
+        graph: The float network in the form that the rows name, for a drawing.
+        stats: What its tensors hold on these images; None where one is not finite.
+        file_ranges: (low, high) that the INT8 file gives each tensor, of those that are compared without factors.
     """
 
     table: pd.DataFrame
@@ -152,6 +156,9 @@ class Diagnosis:
     outputs: tuple[str, ...]
     unmatched: tuple[str, ...]
     thresholds: Thresholds
+    graph: Graph | None = None
+    stats: ActivationStats | None = None
+    file_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def worst(self, count: int = 10) -> pd.DataFrame:
         """The rows that are not OK, at most `count`: by grade, those that are noisy alone first."""
@@ -161,6 +168,12 @@ class Diagnosis:
             {"grade": bad.grade.map(GRADES.index), "own": bad.own_db.where(noisy, 200 + np.arange(len(bad)))}
         )
         return bad.loc[order.sort_values(["grade", "own"], kind="stable").index[:count]]
+
+    @property
+    def excludable(self) -> list[str]:
+        """Nodes in INT8 that are noisy alone, the noisiest first: those to keep in float."""
+        noisy = (self.table.own_db < self.thresholds.warning_db) & self.table.int8 & (self.table.op != "Input")
+        return list(dict.fromkeys(self.table[noisy].sort_values("own_db", kind="stable").node))
 
     @property
     def ends(self) -> pd.DataFrame:
@@ -204,6 +217,23 @@ def _refuse_other_weights(table: pd.DataFrame, float_model, int8_model) -> None:
             expected="an INT8 file made from that float model",
             fix="name the float model that it was made from",
         )
+
+
+def _file_ranges(matched: MatchedModels) -> dict[str, tuple[float, float]]:
+    """The lowest and highest value of each tensor's Q in the INT8 file."""
+    units = [u for u in matched.units if u.quantizer and u.tensor not in matched.factors]
+    ends = {u.tensor: (np.array([u.quantizer.lowest, u.quantizer.highest]), u.quantizer) for u in units}
+    return {name: tuple(map(float, q.value(codes.astype(np.float32)))) for name, (codes, q) in ends.items()}
+
+
+def _tensors_of(matched: MatchedModels, inputs: list[np.ndarray], threads: int) -> ActivationStats | None:
+    """Statistics of the float network's tensors; None where one is not finite, as behind a mask."""
+    tensors = [u.tensor for u in matched.units if u.computes]
+    options = {"tensors": tensors, "threads": threads, "progress": False}
+    try:
+        return observe(matched.float_graph, inputs, lambda x: x, **options) if tensors else None
+    except ModelError:
+        return None
 
 
 def diagnose_model(
@@ -257,6 +287,9 @@ def diagnose_model(
         outputs=tuple(source.outputs),
         unmatched=tuple(u.node for u in matched.unmatched),
         thresholds=thresholds,
+        graph=source,
+        stats=_tensors_of(matched, inputs, threads),
+        file_ranges=_file_ranges(matched),
     )
 
 # %% ../../nbs/analysis/04_diagnose.ipynb #cell-26
@@ -282,7 +315,7 @@ def _name_layers(ax, drawn: pd.DataFrame) -> None:
         if all(abs(k - other) >= room for other in taken):
             taken.append(k)
     names, order = short_names(drawn.node), sorted(taken)
-    ax.set_xticks(order, [names[k] for k in order], rotation=90, fontsize=8)
+    ax.set_xticks(order, [names[k] for k in order], rotation=90, fontsize=9)
     for label, k in zip(ax.get_xticklabels(), order, strict=True):
         label.set_color(_COLORS[drawn.kind[k]] if drawn.kind[k] in ("Warning", "Critical") else "#5a6673")
 
@@ -301,7 +334,7 @@ def plot_diagnosis(diagnosis: Diagnosis, ax=None):
     import seaborn as sns
 
     t, limits = diagnosis.table.reset_index(drop=True), diagnosis.thresholds
-    width = float(np.clip(3 + 0.1 * len(t), 7, 18))
+    width = float(np.clip(3 + 0.1 * len(t), 7, 12))
     ax = ax or plt.subplots(figsize=(width, 4), layout="constrained")[1]
     drawn = t.assign(layer=range(len(t)), alone=t.own_db.clip(-10, _TOP_DB), together=t.sqnr_db.clip(-10, _TOP_DB))
     drawn["kind"] = t.grade.mask((t.grade != "OK") & (t.own_db >= limits.warning_db), "passed on")
@@ -319,59 +352,6 @@ def plot_diagnosis(diagnosis: Diagnosis, ax=None):
         ax.plot([], [], "X", ms=5, color="#3b4754", label="alone, kept in float")
     _name_layers(ax, drawn)
     ax.set(xlabel="", ylabel="SQNR against float (dB)", ylim=(-12, _TOP_DB + 3), xlim=(-1, len(t)))
-    ax.legend(ncols=6, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.legend(ncols=3, fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
-
-# %% ../../nbs/analysis/04_diagnose.ipynb #cell-29
-_HEADS = {
-    "node": "layer",
-    "op": "operator",
-    "grade": "grade",
-    "sqnr_alone_db": "alone (dB)",
-    "channel_sqnr_db": "median channel (dB)",
-    "cosine_alone": "alone (cosine)",
-    "sqnr_db": "together (dB)",
-    "cosine": "together (cosine)",
-    "weight_sqnr_db": "weights (dB)",
-    "clipped_share": "clipped",
-    "range_use": "range used",
-    "bulk_use": "by 99.9 %",
-    "uneven": "channels, largest to median",
-    "scale": "scale",
-    "macs_share": "of MACs",
-    "cause": "cause",
-    "next_step": "next step",
-}
-_MARKS = {"Critical": "bad", "Warning": "warn"}
-
-
-def diagnosis_page(diagnosis: Diagnosis, path: str | Path) -> Path:
-    """Write a diagnosis as one self-contained HTML page, whole or not at all.
-
-    Args:
-        diagnosis: The diagnosis.
-        path: File to write.
-
-    Returns:
-        The path.
-    """
-    import matplotlib.pyplot as plt
-
-    ax = plot_diagnosis(diagnosis)
-    figure = html_figure(ax, "SQNR of every layer, alone and together")
-    plt.close(ax.figure)
-    worst = [(r.grade, f"{r.node} ({r.op}): {r.next_step}") for r in diagnosis.worst().itertuples()]
-    first = (heading("Begin here"), html_list(worst, marks=_MARKS)) if worst else ("Every layer is OK.",)
-    notes = "Alone: the layer reads what the float network computes. Together: as the INT8 file computes it. "
-    notes += "Shaded rows were kept in float. "
-    if rescaled := int(diagnosis.table.rescaled.sum()):
-        notes += (
-            f"{rescaled} tensors have channels that were scaled on purpose, and are compared without their factors. "
-        )
-    if diagnosis.unmatched:
-        notes += f"Without a counterpart in the INT8 file: {', '.join(diagnosis.unmatched)}."
-    table = html_table(diagnosis.table[list(_HEADS)].rename(columns=_HEADS), marks=_MARKS, muted=~diagnosis.table.int8)
-    parts = diagnosis.summary, *first, heading("Where the noise is made"), figure, heading("Every layer"), notes, table
-    page = html_page(f"Diagnosis of {diagnosis.int8_name}", *parts, sortable=True, broad=True)
-    return save_page(path, page)

@@ -135,7 +135,7 @@ def quantize(
         if row.verdict == "over budget":
             raise CheckFailed(f"over the budget of {budget:g}", fix="which layers: calib-nb diagnose")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-11
+# %% ../../nbs/commands/03_quant.ipynb #cell-13
 @app.command(epilog="Example: calib-nb stability --stats yunet_stats.npz --output stability.png")
 def stability(
     stats: Annotated[Path, typer.Option(help="File that calib-nb quantize --stats wrote.")],
@@ -158,7 +158,7 @@ def stability(
     if output:
         typer.echo(f"figure: {save_figure(plot_stability(table, tolerance=tolerance), output)}")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-14
+# %% ../../nbs/commands/03_quant.ipynb #cell-16
 @app.command(
     epilog="Example: calib-nb compare --float yunet.onnx --int8 yunet_int8.onnx --config yunet.json --images others "
     "--budget 0.01"
@@ -215,10 +215,10 @@ def compare(
     if over := list(comparison.table.loc[comparison.table.verdict == "over budget", "model"]):
         raise CheckFailed(f"over the budget of {budget:g}: {', '.join(over)}", fix="which layers: calib-nb diagnose")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-19
+# %% ../../nbs/commands/03_quant.ipynb #cell-21
 @app.command(
     epilog="Example: calib-nb diagnose --float yunet.onnx --int8 yunet_int8.onnx --config yunet.json --images others "
-    "--output diagnosis"
+    "--output yunet_layers.html"
 )
 def diagnose(
     float_model: Annotated[Path, typer.Option("--float", help="Float ONNX file that the INT8 file was made from.")],
@@ -229,7 +229,10 @@ def diagnose(
         typer.Option(help="Folder of images; held-out ones also show values that the ranges cut off."),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Images to run at most; twenty suffice.")] = 20,
-    output: Annotated[Path | None, typer.Option(help="Folder to write (default: outputs/diagnosis/NAME).")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Page to write, ending in .html, or a folder (default: outputs/diagnosis/NAME)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 42,
     threads: Annotated[int, typer.Option(min=1, help="Threads for each model.")] = 2,
 ):
@@ -237,10 +240,13 @@ def diagnose(
 
     Each layer is measured alone (fed with what the float model computes) and together with all before it, as SQNR in
     dB: 30 to 45 alone is healthy, below 20 a Warning, below 10 Critical. The file is Critical where an output is below
-    10. What it advises are options of calib-nb quantize.
+    10. What it advises are options of calib-nb quantize. The page shows the network coloured by SQNR, what each range
+    method would cut off, every layer and tensor, and a list of nodes to paste behind quantize; a table (.csv) and a
+    figure (.png) stand beside it.
     """
     from calib_nb import api
-    from calib_nb.analysis.diagnose import diagnosis_page, plot_diagnosis
+    from calib_nb.analysis.diagnose import plot_diagnosis
+    from calib_nb.analysis.diagnosis_page import diagnosis_page
     from calib_nb.core.figures import save_figure
     from calib_nb.core.run import atomic_file, output_root
     from calib_nb.report import text_table
@@ -248,18 +254,19 @@ def diagnose(
     diagnosis = api.diagnose(
         float_model, int8, config=config, images=images, num_samples=num_samples, seed=seed, threads=threads
     )
-    folder, worst = output or output_root() / "diagnosis" / int8.stem, diagnosis.worst()
+    output, worst = output or output_root() / "diagnosis" / int8.stem, diagnosis.worst()
+    page = output if output.suffix.lower() in (".html", ".htm") else output / "diagnosis.html"
     typer.echo(diagnosis.summary)
     if len(worst):
         columns = {"own_db": "alone_db", "sqnr_db": "together_db"}
         typer.echo(text_table(worst[["node", "op", "grade", *columns]].rename(columns=columns).round(1)))
         typer.echo(f"next step: {worst.node.iloc[0]}: {worst.next_step.iloc[0]}")
-    with atomic_file(folder / "diagnosis.csv") as f:
+    with atomic_file(page.with_suffix(".csv")) as f:
         diagnosis.table.to_csv(f, index=False, float_format="%.6g", lineterminator="\n")
-    save_figure(plot_diagnosis(diagnosis), folder / "diagnosis.png")
-    typer.echo(f"page: {diagnosis_page(diagnosis, folder / 'diagnosis.html')}")
+    save_figure(plot_diagnosis(diagnosis), page.with_suffix(".png"))
+    typer.echo(f"page: {diagnosis_page(diagnosis, page)}")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-24
+# %% ../../nbs/commands/03_quant.ipynb #cell-26
 @app.command(epilog="Example: calib-nb harden --model edgeface.onnx --config edgeface.json --output edgeface_hard.onnx")
 def harden(
     model: Annotated[Path, typer.Option(help="Float ONNX file; it is not changed.")],
@@ -310,7 +317,7 @@ def harden(
         f"(budget {budget:g})\nmodel: {hard.path}"
     )
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-27
+# %% ../../nbs/commands/03_quant.ipynb #cell-29
 @app.command(
     epilog="Example: calib-nb export-ranges --model m.onnx --config c.json --format qnn --output overrides.json"
 )
