@@ -244,7 +244,7 @@ def test_what_is_no_notebook_is_one_line(text, tmp_path):
 def test_names_of_models_become_folders_and_names_of_runs_are_checked(tmp_path):
     folders = {"yunet (1).onnx": "yunet_1_", "my photos": "my_photos", "é+1.onnx": "é+1", "???.onnx": "_"}
     for model, folder in folders.items():
-        assert run_path("yunet", {"model": f"a b/{model}"}, tmp_path) == tmp_path / "yunet" / folder / "demo"
+        assert run_path("yunet", {"model": f"a b/{model}"}, tmp_path) == tmp_path / "yunet" / folder / "run"
     assert run_path("yunet", {"name": "n" * 242}, tmp_path).name == "n" * 242
     with pytest.raises(InputError, match=r"n{60}\.\.\. \(250 characters\)' cannot be a folder.*at most 242"):
         run_path("yunet", {"name": "n" * 250}, tmp_path)

@@ -79,7 +79,7 @@ def drop_words(row: pd.Series, wording: Wording) -> str:
         return f"costs nothing: {wording.metric} stays as it is"
     between = f"between a gain of {least} and a loss of {most}{'' if drop else unit}"
     if not drop:
-        return f"costs nothing in {wording.metric} that these {wording.samples} can show ({between})"
+        return f"costs nothing that these {wording.samples} can show in {wording.metric} ({between})"
     if drop > 0:
         return f"costs {size}{unit} of {wording.metric} ({between if low < 0 else f'{least} to {most}'})"
     return f"gains {size}{unit} of {wording.metric} ({between if high > 0 else f'{most} to {least}'})"
@@ -247,11 +247,12 @@ def verdict_table(
     shown = pd.DataFrame({"model": table.model})
     for head, column in metrics.items():
         shown[head] = wording.scale * table[column]
-    texts = [None if np.isnan(row["drop"]) else _texts(row, wording)[0] for _, row in table.iterrows()]
-    digits = [None if np.isnan(row["drop"]) else _texts(row, wording)[1][0] for _, row in table.iterrows()]
-    decimals = max((len(d.partition(".")[2]) for d in digits if d), default=1)
-    shown[f"drop{unit}"] = wording.scale * table["drop"]
-    shown["95 % interval"] = ["" if t is None else f"{t[1]:.{decimals}f} to {t[2]:.{decimals}f}" for t in texts]
+    known = [row for _, row in table.iterrows() if row.verdict != "reference"]
+    decimals = max((len(_texts(row, wording)[1][0].partition(".")[2]) for row in known), default=1)
+    texts = [None if r.verdict == "reference" else _texts(r, wording)[0] for _, r in table.iterrows()]
+    shown[f"drop{unit}"] = [np.nan if t is None else t[0] for t in texts]
+    ends = [None if t is None else [f"{end:.{decimals}f}" for end in t[1:]] for t in texts]
+    shown["95 % interval"] = ["" if e is None else "\u00a0to\u00a0".join(e) for e in ends]
     for head, column in (plain or {}).items():
         shown[head] = table[column]
     shown["verdict"] = table.verdict

@@ -17,7 +17,8 @@ _NOTEBOOK = """
 a.anchor-link, .jp-InputPrompt, .jp-OutputPrompt, .prompt { display: none; } .output_stream { overflow-x: auto; }
 .celltag_verdict p { font-size: 1.25rem; line-height: 1.4; margin: .6rem 0 .9rem; max-width: 56rem; }
 .celltag_card .output { display: flex; flex-wrap: wrap; gap: 0 1.6rem; } .celltag_card .output_area { max-width: 100%; }
-@media print { .celltag_card { break-inside: avoid; } }
+@media print { .celltag_card { break-inside: avoid; } .celltag_card .output { flex-wrap: nowrap; gap: 0 1rem; }
+  .celltag_card .output_area { flex: 1 1 0; } }
 """
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
+from .figures import legible
 from .run import atomic_file
 
 # %% ../../nbs/core/08_page.ipynb #cell-6
@@ -61,6 +62,8 @@ def number_texts(values: Sequence[float], *, digits: int = 4) -> list[str]:
     shown = np.abs(x[np.isfinite(x) & (x != 0)])
     whole = bool((shown == shown.round()).all())
     decimals = 0 if whole else int(np.clip(digits - 1 - np.floor(np.log10(shown.max())), 0, 8))
+    while decimals > 1 and np.allclose(shown, shown.round(decimals - 1), rtol=0, atol=1e-9):
+        decimals -= 1
 
     def text(value: float) -> str:
         if np.isnan(value):
@@ -154,7 +157,7 @@ def html_figure(figure, alt: str, *, dpi: int = 192, caption: str = "", width: i
         data = figure
     else:
         buffer = io.BytesIO()
-        figure = getattr(figure, "figure", figure)
+        figure = legible(getattr(figure, "figure", figure))
         figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
         data = buffer.getvalue()
         width = width or round(int.from_bytes(data[16:20], "big") * 96 / dpi)  # a PNG says its width there
@@ -163,7 +166,7 @@ def html_figure(figure, alt: str, *, dpi: int = 192, caption: str = "", width: i
 
 _GALLERY = """<div class="gallery">
 {% for kind, text, caption, alt in pictures %}
-<figure><img alt="{{ alt }}"{% if width %} width="{{ width }}"{% endif %}
+<figure{% if width > 400 %} class="broad"{% endif %}><img alt="{{ alt }}"{% if width %} width="{{ width }}"{% endif %}
  src="data:image/{{ kind }};base64,{{ text }}">
 {%- if caption %}<figcaption>{{ caption }}</figcaption>{% endif %}</figure>
 {% endfor %}
@@ -188,7 +191,7 @@ def html_gallery(pictures: Sequence[bytes], captions: Sequence[str], alts: Seque
 
 # %% ../../nbs/core/08_page.ipynb #cell-20
 _STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 68rem; margin: 2.5rem auto; }
+body { font: 1rem/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 68rem; margin: 2.5rem auto; }
 body { padding: 0 1.5rem; } body.broad { max-width: 94rem; } h1 { font-size: 1.9rem; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin-top: 2.4rem; border-bottom: 1px solid #d8dee6; padding-bottom: .2rem; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; } h1, h2, h3 { line-height: 1.25; }
@@ -207,20 +210,23 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #1d27331a; }
 th { border-bottom: 2px solid #1d273355; vertical-align: bottom; line-height: 1.3; }
 .muted td { background: #1d27330d; }
-td.t, th.t { text-align: left; } td.t { max-width: 40rem; overflow-wrap: break-word; }
+td.t, th.t { text-align: left; } td:first-child.t { min-width: 7.5em; }
+td.t { max-width: 40rem; overflow-wrap: break-word; }
 caption { text-align: left; color: #526274; padding-bottom: .3rem; }
 pre { background: #f6f8fa; padding: .7rem .9rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
 .bad { color: #a3440a; font-weight: 600; } .warn { color: #7a5600; font-weight: 600; }
 .bad::before { content: "\\2716\\00a0"; } .warn::before { content: "\\25b2\\00a0"; }
 @media (max-width: 40rem) {
   body { margin: 1.2rem auto; padding: 0 .9rem; } h1 { font-size: 1.5rem; } th, td { padding: .25rem .45rem; }
-  td.t { max-width: 15rem; }
+  td.t { max-width: 15rem; } .gallery:has(.broad) { overflow-x: auto; box-shadow: 7px 0 6px -6px #1d273380; }
+  .broad, .broad img { max-width: none; } .broad figcaption { max-width: 22rem; min-width: 0; width: auto; }
 }
 @media print {
-  @page { margin: 14mm; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { max-width: none; margin: 0; padding: 0; font-size: 11px; } h1 { font-size: 20px; } h2 { font-size: 15px; }
+  @page { margin: 14mm; } html { font-size: 11.5px; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { max-width: none; margin: 0; padding: 0; }
   .wide { overflow: visible; background: none; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  th, td { padding: 2px 5px; white-space: normal; } td.t { overflow-wrap: anywhere; min-width: 3.5em; }
+  th, td { padding: 2px 5px; white-space: normal; } td.t { overflow-wrap: anywhere; min-width: 6em; }
   h2, h3, img, tr, figure { break-inside: avoid; } h2, h3, .caption { break-after: avoid; }
   thead { display: table-header-group; }
 }
