@@ -217,10 +217,10 @@ class _Meter:
     def __init__(self, model: ModelFile, progress: bool):
         from tqdm.auto import tqdm
 
+        from calib_nb.core.parallel import bar_switch
+
         self.size, self.done = model.size, 0
-        self.bar = tqdm(
-            total=model.size, unit="B", unit_scale=True, desc=model.name, disable=None if progress else True
-        )
+        self.bar = tqdm(total=model.size, unit="B", unit_scale=True, desc=model.name, **bar_switch(progress))
 
     total = property(lambda self: self.size, lambda self, _: self.reset())  # pooch sets it before every attempt
 

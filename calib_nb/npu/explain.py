@@ -183,10 +183,10 @@ class Search:
         """The `keep` suspects that explain `records` best."""
         from tqdm.auto import tqdm
 
+        from calib_nb.core.parallel import bar_switch
+
         fits = []
-        for number, suspect in enumerate(
-            tqdm(every, desc="prove", disable=None if self.progress else True, leave=False)
-        ):
+        for number, suspect in enumerate(tqdm(every, desc="prove", leave=False, **bar_switch(self.progress))):
             if (fit := self.fit(suspect, records)) is not None and np.isfinite(fit.rms):
                 fits.append((fit.rms, number, suspect))
         return [suspect for _, _, suspect in sorted(fits, key=lambda f: f[:2])[:keep]]

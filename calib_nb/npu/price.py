@@ -84,11 +84,13 @@ def task_price(model: str | Path, task: Callable, chain: Preprocess, transform, 
     """
     from tqdm.auto import tqdm
 
+    from calib_nb.core.parallel import bar_switch
+
     spec, session = read_contract(model).inputs[0], open_session(model)
 
     def outputs(preprocess: Callable, words: str) -> tuple:
         scored = task(preprocess)
-        bar = tqdm(scored.samples, desc=words, disable=None if progress else True, leave=False)
+        bar = tqdm(scored.samples, desc=words, leave=False, **bar_switch(progress))
         names = [o.name for o in session.get_outputs()]
         return scored, [dict(zip(names, session.run(None, {spec.name: scored.load(s)}))) for s in bar]
 

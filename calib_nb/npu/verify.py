@@ -282,6 +282,8 @@ def verify(
     """
     from tqdm.auto import tqdm
 
+    from calib_nb.core.parallel import bar_switch
+
     for name in settings:
         require_known(name, [f.name for f in fields(VerifyOptions)], "option")
     options = replace(options or VerifyOptions(), **settings)
@@ -294,7 +296,7 @@ def verify(
     kind = kind or (recognise(read_contract(model)) if model is not None else "")
     session, chain = None if model is None else open_session(model), config.preprocess
     rows, samples, pictures = [], [], []
-    bar = tqdm(sorted(chosen), desc="verify", unit="image", disable=None if progress else True, leave=False)
+    bar = tqdm(sorted(chosen), desc="verify", unit="image", leave=False, **bar_switch(progress))
     for number, k in enumerate(bar):
         row, sample = _check_image(files[k], chain, kind, session, visualize)
         rows.append(row)
