@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo android test test-slow test-android test-machines notebooks export readme lint format types
+.PHONY: help demo android docs test test-slow test-browser test-android test-machines notebooks export readme lint format types
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ demo: $(READY)  ## the whole job on built-in data, in outputs/demo
 android: $(READY)  ## the demo tagger's Android app, in outputs/android
 	@$(BIN)/python .ci/android.py
 
+docs: $(READY)  ## notebooks, API and guides as a site, in outputs/docs
+	@$(BIN)/python .ci/docs.py
+
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
 	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal \
@@ -39,6 +42,10 @@ test-slow: $(READY)  ## the checks that take longer than a coffee
 
 test-android: $(READY)  ## the Android app from an empty cache: build, structure, its engine in a JVM
 	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; CALIB_NB_CACHE=$$cache $(BIN)/python -m pytest tests/test_android.py
+
+test-browser: $(READY)  ## the explorers in JupyterLab and Voila, used in a real browser; pictures in outputs/browser
+	@.ci/browser
+	@$(BIN)/python -m pytest tests/test_browser.py -s
 
 test-machines: $(READY)  ## the trained notebooks under other instruction sets, thread counts and seeds
 	@$(BIN)/python .ci/machines.py

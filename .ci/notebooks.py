@@ -24,9 +24,17 @@ def usual() -> list[Path]:
     return [*sorted(sources), NBS / "index.ipynb", *sorted((NBS / "reports").glob("*.ipynb"))]
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def is_for_readers(output: dict) -> bool:
-    """Whether an output is more than a progress bar, or what a native library says of the machine."""
-    return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    """Whether an output is more than a progress bar, or what a native library says of the machine.
+
+    Of a widget that brings a picture, the picture stays.
+    """
+    data = output.get("data", {})
+    was_widget = data.pop(WIDGET, None) is not None
+    return output.get("name") != "stderr" and not (was_widget and set(data) <= {"text/plain", "text/html"})
 
 
 def store(path: Path, everything: bool) -> str:

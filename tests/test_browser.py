@@ -1,0 +1,326 @@
+"""The explorers in JupyterLab and in Voila, used by a mouse and a keyboard in a real browser: `make test-browser`.
+
+Screenshots and times are left in outputs/browser/.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'calib-nb[dev]' brings playwright")
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "outputs" / "browser"
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+IMAGES = 1000
+SECONDS = 180
+# The windows of notebooks hold all cells, also those that are out of sight.
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none", "kernelShutdown": True},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+ECHO = """from ipywidgets import HTML, IntSlider, VBox
+
+echo_from, echo_to = IntSlider(), HTML("0")
+echo_to.add_class("echo")
+echo_from.add_class("echo-slider")
+echo_from.observe(lambda change: setattr(echo_to, "value", str(change.new)), "value")
+VBox([echo_from, echo_to])"""
+WATCH = """selector => {
+  window.elapsed = null;
+  let start = null;
+  const begin = () => { start ??= performance.now(); };
+  for (const kind of ["keydown", "pointerdown"]) document.addEventListener(kind, begin, { capture: true, once: true });
+  const observer = new MutationObserver(() => {
+    if (start === null) return;
+    observer.disconnect(); window.elapsed = performance.now() - start;
+  });
+  for (const node of document.querySelectorAll(selector)) {
+    observer.observe(node, { childList: true, subtree: true, attributes: true, characterData: true });
+  }
+}"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser, the one that the machine has."""
+    path = os.environ.get("CALIB_NB_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if not path:
+        pytest.skip("no chromium: .ci/browser installs Debian's, or name one in CALIB_NB_CHROMIUM")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory) -> Path:
+    """A folder of 1,000 synthetic images: cuts of twelve scenes, each brighter or darker and more or less sharp."""
+    import cv2
+    import numpy as np
+
+    from calib_nb.data.demo_photos import degrade, paint_scene
+
+    folder, rng = tmp_path_factory.mktemp("thousand"), np.random.default_rng(0)
+    scenes = [paint_scene(k) for k in range(12)]
+    for k in range(IMAGES):
+        x, y = rng.integers(0, 140), rng.integers(0, 100)
+        image = degrade(scenes[k % 12][y : y + 200, x : x + 260], "dark", rng.uniform(-3, 0.5))
+        image = degrade(image, "blur", rng.uniform(0.5, 4)) if rng.random() < 0.5 else image
+        cv2.imwrite(str(folder / f"{k:04d}.jpg"), image)
+    return folder
+
+
+def environment(home: Path) -> dict[str, str]:
+    from calib_nb.core.run import cache_root
+
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"HOME": str(home), "PATH": path, "CALIB_NB_CACHE": str(cache_root()), "OMP_NUM_THREADS": "1"}
+    return kept | own
+
+
+@contextlib.contextmanager
+def server(command: list[str], home: Path, url: str):
+    """A server of this environment on loopback, with a home folder of its own; it ends with all its children."""
+    log = open(home / f"{command[0]}.log", "wb")  # noqa: SIM115 (closed below, when the server has ended)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment(home), cwd=home / "work", stdout=log, stderr=log
+    )
+    try:
+        for _ in range(SECONDS * 4):
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+                break
+            assert process.poll() is None, Path(log.name).read_text()[-3000:]
+            time.sleep(0.25)
+        yield process
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        process.wait(30)
+        for child in psutil.wait_procs(children, timeout=15)[1]:
+            child.kill()
+        log.close()
+
+
+def place_notebook(name: str, home: Path, parameters: dict[str, str]) -> Path:
+    """A copy of an explorer with other parameters, and a cell whose slider only changes a text."""
+    notebook = json.loads((ROOT / "nbs" / "explore" / name).read_text(encoding="utf-8"))
+    for key, value in parameters.items():
+        hits = 0
+        for cell in notebook["cells"]:
+            text = "".join(cell["source"])
+            changed, count = re.subn(rf'^{key} = "[^"]*"', f"{key} = {json.dumps(value)}", text, flags=re.M)
+            hits += count
+            cell["source"] = changed.splitlines(keepends=True)
+        assert hits == 1, f"{name} has {hits} cells with the parameter {key}"
+    blank = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    notebook["cells"].append({**blank, "id": "echo", "source": ECHO.splitlines(keepends=True)})
+    for cell in notebook["cells"]:
+        cell["outputs"] = [] if cell["cell_type"] == "code" else cell.pop("outputs", None)
+        if cell["cell_type"] != "code":
+            cell.pop("outputs")
+    path = home / "work" / name
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    (home / "work").mkdir()
+    for name, values in SETTINGS.items():
+        file = home / ".jupyter" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    return home
+
+
+@pytest.fixture(scope="session")
+def lab(home):
+    """(address, token) of a JupyterLab on loopback."""
+    port, token = free_port(), secrets.token_hex(16)
+    command = ["jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}"]
+    command += ["--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True"]
+    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    url = f"http://127.0.0.1:{port}"
+    with server(command, home, f"{url}/api?token={token}"):
+        yield url, token
+
+
+class Lab:
+    """One notebook in JupyterLab, run from top to bottom."""
+
+    def __init__(self, browser, lab, name: str, *, width: int = 1280, height: int = 1500):
+        self.url, self.token = lab
+        self.page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
+        self.page.set_default_timeout(SECONDS * 1000)
+        self.page.goto(f"{self.url}/lab/tree/{name}?token={self.token}&reset")
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        self.page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady")
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('application:toggle-left-area'); }")
+        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_selector(".echo")
+        self.page.set_default_timeout(20_000)
+        errors = self.page.locator(
+            '[data-mime-type="application/vnd.jupyter.stderr"], .jp-RenderedText:has(.ansi-red-fg)'
+        )
+        assert errors.all_inner_texts() == []
+
+    def median(self, press, watched: str, times: int = 7) -> float:
+        """Milliseconds from an interaction to the first change of what is watched, the median."""
+        taken = []
+        for k in range(times):
+            self.page.evaluate(WATCH, watched)
+            press(k)
+            self.page.wait_for_function("window.elapsed !== null")
+            taken.append(self.page.evaluate("window.elapsed"))
+            self.page.wait_for_timeout(150)
+        return statistics.median(taken)
+
+    def slider(self, label: str):
+        """The handle of a slider by its description."""
+        box = self.page.locator(".widget-hslider", has=self.page.get_by_text(label, exact=True)).first
+        return box.locator(".noUi-handle").first
+
+    def key(self, label: str, keys=("ArrowRight", "ArrowRight", "ArrowLeft")):
+        """A function that presses one of `keys` on a slider."""
+
+        def press(k: int) -> None:
+            self.slider(label).press(keys[k % len(keys)])
+
+        return press
+
+    def echo(self) -> float:
+        """Milliseconds that a slider takes whose answer is one number."""
+
+        def press(k: int) -> None:
+            self.page.locator(".echo-slider .noUi-handle").press("ArrowRight")
+
+        return self.median(press, ".echo")
+
+    def show(self, selector: str, name: str) -> None:
+        """Keep a screenshot of a part of the page."""
+        OUT.mkdir(parents=True, exist_ok=True)
+        self.page.locator(selector).first.screenshot(path=OUT / f"{name}.png")
+
+    def close(self) -> None:
+        """Close the notebook, and see that its kernel has ended."""
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('docmanager:save'); }")
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:close-and-shutdown'); }")
+        with contextlib.suppress(playwright.TimeoutError):
+            self.page.locator(".jp-Dialog .jp-mod-accept").click(timeout=3000)
+        deadline = time.time() + 30
+        while (left := self.kernels()) and time.time() < deadline:
+            time.sleep(0.25)
+        self.page.close()
+        assert left == []
+
+    def kernels(self) -> list[dict]:
+        with urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}") as answer:
+            return json.load(answer)
+
+
+def record(name: str, **milliseconds: float) -> None:
+    """Print times, and keep them for the page of benchmarks."""
+    path = OUT / "times.json"
+    times = json.loads(path.read_text()) if path.is_file() else {}
+    times[name] = {key: round(value, 1) for key, value in milliseconds.items()}
+    path.write_text(json.dumps(times, indent=1, sort_keys=True))
+    print(name, times[name])
+    echo = milliseconds.pop("echo")
+    # Not a time: a slow machine is slow in both. What an explorer adds to a bare slider is asserted with much room.
+    assert max(milliseconds.values()) < 40 * max(echo, 5)
+
+
+def test_images(chromium, lab, home, thousand):
+    lab = Lab(chromium, lab, place_notebook("03_images.ipynb", home, {"images": str(thousand)}).name)
+    page = lab.page
+    assert page.locator(".calib-gallery").first.get_attribute("data-chosen") == "24"
+    lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images")
+    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
+    times["weight"] = lab.median(lab.key("brightness"), ".calib-gallery")
+    lab.slider("images").press("ArrowRight")
+    page.wait_for_selector('.calib-gallery[data-chosen="25"]')
+    lasso = page.locator(".calib-draws").first
+    lasso.scroll_into_view_if_needed()
+    box = lasso.bounding_box()
+    corners = [(0.6, 0.2), (0.9, 0.2), (0.9, 0.6), (0.6, 0.6), (0.6, 0.22)]
+    for k, (x, y) in enumerate(corners):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
+        if k == 0:
+            page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector(".widget-toggle-button.mod-active:has-text('lasso')")
+    page.locator(".calib-gallery figure").first.click()
+    page.wait_for_selector(".calib-detail")
+    lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images-lasso")
+    record("images", **times)
+    lab.close()
+
+
+def test_layers(chromium, lab, home):
+    lab = Lab(chromium, lab, place_notebook("05_layers.ipynb", home, {"model": ""}).name)
+    page = lab.page
+    before = page.locator(".calib-figure path").nth(1).get_attribute("d")
+    page.locator(".calib-table tbody tr").nth(8).click()
+    page.wait_for_function(
+        "d => document.querySelectorAll('.calib-figure path')[1].getAttribute('d') !== d", arg=before
+    )
+    page.locator(".calib-table th", has_text="SQNR").click()
+    numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(6)").all_inner_texts()]
+    assert numbers == sorted(numbers)
+    times = {"echo": lab.echo()}
+    handle = page.locator(".calib-handle").nth(1)
+    keys = ("ArrowLeft", "ArrowLeft", "ArrowRight")
+    times["drag"] = lab.median(lambda k: handle.press(keys[k % 3]), ".calib-picture")
+    # a mouse drags the upper end to the middle
+    box = handle.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 200, box["y"] + 20, steps=12)
+    page.mouse.up()
+    page.wait_for_selector(".calib-table td:text-is('hand')")
+    page.get_by_role("button", name="quantize again").first.click()
+    page.wait_for_selector("td:has-text('1 by hand')")
+    page.get_by_role("button", name="quantize again").first.wait_for()
+    lab.show(".jp-OutputArea-output:has(.calib-table)", "layers")
+    record("layers", **times)
+    lab.close()
+
+
+def test_preprocessing(chromium, lab, home):
+    lab = Lab(chromium, lab, place_notebook("04_preprocessing.ipynb", home, {"config": ""}).name)
+    page = lab.page
+    times = {"echo": lab.echo(), "step": lab.median(lab.key("step", ("ArrowLeft",)), ".calib-picture", 5)}
+    assert page.locator(".calib-selected").first.get_attribute("data-row") == "1"
+    page.get_by_role("button", name="red and blue swapped").first.click()
+    page.wait_for_selector(".calib-verdict:has-text('an RGB model is fed BGR')")
+    lab.slider("step").press("End")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="upload").first.click()
+    chooser.value.set_files([{"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"text"}])
+    page.wait_for_selector(".calib-error:has-text('x.jpg')")
+    lab.show(".jp-OutputArea-output:has(.calib-table)", "preprocessing")
+    record("preprocessing", **times)
+    lab.close()
