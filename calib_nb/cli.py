@@ -42,7 +42,8 @@ def _report_names(incomplete: str) -> list[str]:
 
 @_own.command(
     epilog="Examples: calib-nb report --list | calib-nb report yunet --parameters | "
-    "calib-nb report yunet -p model=yunet.onnx -p images=faces --name night | calib-nb report --all reports.yaml"
+    "calib-nb report yunet -p model=yunet.onnx -p images=faces --name night | "
+    "calib-nb report --all reports.yaml --jobs 2"
 )
 def report(
     name: Annotated[
@@ -62,19 +63,40 @@ def report(
     all_: Annotated[
         Path | None,
         typer.Option(
-            "--all", metavar="SPEC.yaml", help="Run every {report, parameters} of a YAML list and write index.html."
+            "--all",
+            metavar="SPEC.yaml",
+            help="Run what has changed of a YAML list of {report, parameters}, and write index.html.",
         ),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Reports of the list that run at a time, a process each.")
+    ] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Run what has not changed as well.")] = False,
     code: Annotated[bool, typer.Option("--code", help="Keep the code in report.html.")] = False,
 ):
-    """Run a report notebook into a run folder: report.html, metrics.csv, figures, models, manifest.json."""
+    """Run a report notebook into a run folder: report.html, metrics.csv, figures, models, manifest.json.
+
+    A list for --all:
+
+    ```yaml
+    - report: edgeface
+      parameters: {model: edgeface.onnx, images: lfw, pairs: pairs.txt, name: xxs}
+    - report: yunet
+      parameters: {model: yunet.onnx, images: faces, name: night}
+    ```
+
+    A report that fails is named at the end, with exit code 1; the others go on. Started again, the same command leaves
+    alone what was made from the same notebook, parameters, inputs, package and versions.
+    """
     from calib_nb.core.errors import InputError
     from calib_nb.report import list_reports, report_parameters, run_report, text_table
 
     if list_:
         typer.echo("\n".join(f"{row.Index:<18}{row.title}" for row in list_reports().itertuples()))
     elif all_:
-        _report_all(all_, code)
+        _report_all(all_, jobs, force, code)
+    elif jobs != 1 or force:
+        raise InputError("--jobs and --force are for a list of reports", expected="--all SPEC.yaml with them")
     elif name is None:
         raise InputError("which report?", expected="one of " + ", ".join(list_reports().index))
     elif parameters:
@@ -98,14 +120,18 @@ def _assignment(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-def _report_all(spec: Path, code: bool) -> None:
+def _report_all(spec: Path, jobs: int, force: bool, code: bool) -> None:
+    from calib_nb.batch import batch_summary, run_all
     from calib_nb.core.errors import CheckFailed
-    from calib_nb.report import run_all, text_table
+    from calib_nb.report import text_table
 
-    index, table = run_all(spec, code=code)
-    typer.echo(f"{text_table(table)}\nindex: {index}")
-    if failed := int((table.error != "").sum()):
-        raise CheckFailed(f"{failed} of {len(table)} reports failed", fix="the table shows their errors")
+    index, runs = run_all(spec, jobs=jobs, force=force, code=code)
+    typer.echo(text_table(runs[["run", "state", "why", "seconds"]]))
+    for run in runs[runs.error != ""].itertuples():
+        typer.echo(f"failed: {run.run}: {run.error}")
+    typer.echo(f"{batch_summary(runs)}\nindex: {index}")
+    if failed := int((runs.state == "failed").sum()):
+        raise CheckFailed(f"{failed} of {len(runs)} reports failed", fix="the lines above name them and their errors")
 
 
 @_own.command(epilog="Example: calib-nb demo")
@@ -221,7 +247,7 @@ _GOES_ON = (
 
 def _go_on(words: list[str]) -> str:
     """What to do after Ctrl-C."""
-    if _command(words).strip() in _GOES_ON:
+    if _command(words).strip() in _GOES_ON or "--all" in words:
         return "the same command goes on where this one stopped"
     return "nothing half-written is left, and the same command begins again"
 

@@ -195,8 +195,7 @@ def sources(report: str, parameters: Mapping[str, object], *, code: bool = False
         By part, what tells it from another: notebook, parameters, inputs (by parameter), versions (of packages) and
         calib_nb, which are SHA-256, and page.
     """
-    package = Path(calib_nb.__file__).parent
-    inputs = {key: _content(Path(str(value))) for key, value in parameters.items() if key in _READ and value}
+    inputs = {key: _content(path) for key, value in parameters.items() if (path := _input(key, value)) is not None}
     if (images := _config_images(parameters.get("config"))) is not None:
         inputs["images of the config"] = _content(images)
     return {
@@ -204,9 +203,24 @@ def sources(report: str, parameters: Mapping[str, object], *, code: bool = False
         "parameters": _digest({key: value for key, value in parameters.items() if key != "run_dir"}),
         "inputs": inputs,
         "versions": versions(),
-        "calib_nb": _digest({p.relative_to(package).as_posix(): sha256_file(p) for p in package.rglob("*.py")}),
+        "calib_nb": _package(),
         "page": "with code" if code else "",
     }
+
+
+def _package() -> str:
+    """Hash of this package's modules."""
+    folder = Path(calib_nb.__file__).parent
+    return _digest({p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*.py")})
+
+
+def _input(key: str, value: object) -> Path | None:
+    """The file or folder that a parameter names: by its key, or an existing file (also in FILE:NAME)."""
+    if key in _READ:
+        return Path(str(value)) if value else None
+    if not isinstance(value, str) or not 0 < len(value) < 1000:
+        return None
+    return next((Path(text) for text in (value, value.rpartition(":")[0]) if text and os.path.isfile(text)), None)
 
 
 def _digest(value: object) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from calib_nb.batch import run_all
 from calib_nb.cli import _go_on, main
 from calib_nb.core import run as files
 from calib_nb.core.errors import CalibError, InputError
@@ -23,7 +24,7 @@ from calib_nb.core.settings import read_yaml
 from calib_nb.graph.build import network
 from calib_nb.npu.compile import compile_model, read_toolchain
 from calib_nb.npu.config import generate_config, save_config
-from calib_nb.report import check_parameters, report_parameters, run_all, run_path, run_report
+from calib_nb.report import check_parameters, report_parameters, run_path, run_report
 
 
 def hidden(folder):
@@ -332,7 +333,7 @@ def test_what_the_system_refuses_is_one_line_in_every_command(command, case, mon
     def refuse(*_, **__):
         raise error
 
-    for name in ("data.dataset.prepare", "npu.verify.verify", "report.run_all"):
+    for name in ("data.dataset.prepare", "npu.verify.verify", "batch.run_all"):
         monkeypatch.setattr(f"calib_nb.{name}", refuse)
     assert main(command.split()) == 2
     err = capsys.readouterr().err
@@ -340,7 +341,7 @@ def test_what_the_system_refuses_is_one_line_in_every_command(command, case, mon
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("calib_nb.report.run_all", lambda *_, **__: {}["x"])
+    monkeypatch.setattr("calib_nb.batch.run_all", lambda *_, **__: {}["x"])
     with pytest.raises(KeyError):
         main(["report", "--all", "x"])
 
