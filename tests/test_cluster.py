@@ -1,8 +1,12 @@
 """The map on a cluster of processes: equal to the local one, whatever dies on the way."""
 
+import contextlib
 import functools
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,11 +17,18 @@ import pytest
 distributed = pytest.importorskip("distributed", reason="the extra cluster is not installed")
 
 from calib_nb.core import cluster as module  # noqa: E402
-from calib_nb.core.cluster import cluster  # noqa: E402
+from calib_nb.core.cluster import cluster, file_of, named_file  # noqa: E402
 from calib_nb.core.errors import InputError  # noqa: E402
+from calib_nb.core.merge import map_and_merge  # noqa: E402
 from calib_nb.core.parallel import parallel_map  # noqa: E402
 from calib_nb.data import score  # noqa: E402
 from calib_nb.data.duplicates import hash_images  # noqa: E402
+from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw  # noqa: E402
+from calib_nb.faces.detectors import FaceDetector  # noqa: E402
+from calib_nb.faces.embed import Embedder, embed_photos  # noqa: E402
+from calib_nb.graph.build import conv, linear, sequential  # noqa: E402
+from calib_nb.quant.observe import ObserveOptions, observe  # noqa: E402
+from calib_nb.quant.stats import read_stats  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +121,204 @@ def test_workers_with_other_libraries_are_refused(client, monkeypatch):
         pass
 
 
+class Killer(threading.Thread):
+    """Kills workers of a cluster at drawn moments, until there were `count` of them."""
+
+    def __init__(self, client, count: int, seed: int, pause: tuple[float, float]):
+        super().__init__(daemon=True)
+        self.client, self.count, self.rng, self.pause, self.kills = client, count, np.random.default_rng(seed), pause, 0
+        self.start()
+
+    def run(self):
+        while self.kills < self.count:
+            time.sleep(self.rng.uniform(*self.pause))
+            with contextlib.suppress(Exception):  # a worker is starting again, or has just ended
+                os.kill(self.rng.choice(list(self.client.run(os.getpid, on_error="ignore").values())), signal.SIGKILL)
+                self.kills += 1
+
+
 @pytest.mark.slow
 def test_workers_killed_at_twenty_moments(client, photos):
-    expected, rng, ended = score.score_folder(photos, progress=False), np.random.default_rng(1), threading.Event()
-    kills = []
-
-    def killer():
-        while not ended.is_set() and len(kills) < 20:
-            time.sleep(rng.uniform(0.2, 1.5))
-            kills.append(os.kill(rng.choice(pids(client)), signal.SIGKILL))
-
-    thread = threading.Thread(target=killer)
-    thread.start()
+    expected = score.score_folder(photos, progress=False)
     with cluster(client):
-        while len(kills) < 20:
+        killer = Killer(client, 20, seed=1, pause=(0.2, 1.5))
+        while killer.is_alive():
             assert score.score_folder(photos, progress=False).equals(expected)
-    ended.set()
-    thread.join()
+
+
+# --- observing
+
+
+CHANNELS = {"options": ObserveOptions(per_channel=["relu0"]), "tensors": ["relu0", "y"], "progress": False}
+
+
+def scale(bgr):
+    return (bgr.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return sequential(conv(4), "Relu", "GlobalAveragePool", linear(3), shape=(1, 3, 48, 64), seed=0)
+
+
+@pytest.fixture(scope="module")
+def observed(network, photos):
+    return observe(network, sorted(photos.glob("[0-3]*.jpg")), scale, **CHANNELS)
+
+
+@pytest.mark.slow  # the workers load the compiled kernels
+def test_an_observation_equals_the_local_one(client, network, photos, observed):
+    paths = sorted(photos.glob("[0-3]*.jpg"))
+    arrays = [cv2.imread(str(path)) for path in paths]
+    with cluster(client):
+        assert observe(network, paths, scale, **CHANNELS) == observed
+        far = observe(network, iter(arrays), scale, **CHANNELS)
+    assert far == observe(network, arrays, scale, **CHANNELS)
+
+
+@pytest.mark.slow
+def test_workers_killed_while_observing(client, network, photos, observed):
+    paths = sorted(photos.glob("[0-3]*.jpg"))
+
+    def slow(bgr):
+        time.sleep(0.02)
+        return scale(bgr)
+
+    with cluster(client):
+        killer = Killer(client, 20, seed=2, pause=(1, 6))
+        while killer.is_alive():
+            assert observe(network, paths, slow, **CHANNELS) == observed
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_while_it_is_observed_is_named_and_the_others_are_kept(client, network, photos, tmp_path):
+    paths = sorted(photos.glob("[0-3]*.jpg"))
+    deadly = cv2.imread(str(paths[17]))
+
+    def kills(bgr):
+        if np.array_equal(bgr, deadly):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scale(bgr)
+
+    with cluster(client), pytest.raises(InputError, match="each process that worked on it was killed") as error:
+        observe(network, paths, kills, journal=tmp_path / "j.npz", **CHANNELS)
+    assert "17.jpg" in error.value.__notes__[0]
+    assert len(read_stats(tmp_path / "j.npz").images) >= 8
+
+
+CALLER = """
+import sys
+import numpy as np
+from calib_nb.core.cluster import cluster
+from calib_nb.quant.observe import ObserveOptions, observe
+sys.path.insert(0, {tests!r})
+from test_cluster import CHANNELS, scale, sequential, conv, linear
+if __name__ == "__main__":
+    network = sequential(conv(4), "Relu", "GlobalAveragePool", linear(3), shape=(1, 3, 48, 64), seed=0)
+    def slow(bgr):
+        import time
+        time.sleep(0.05)
+        return scale(bgr)
+    options = ObserveOptions(per_channel=["relu0"], save_every=2)
+    with cluster("local:2"):
+        observe(network, sys.argv[2:], slow, journal=sys.argv[1], **(CHANNELS | {{"options": options}}))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_caller_goes_on_from_its_journal(network, photos, observed, tmp_path):
+    paths, journal, code = sorted(photos.glob("[0-3]*.jpg")), tmp_path / "j.npz", tmp_path / "caller.py"
+    code.write_text(CALLER.format(tests=os.path.dirname(__file__)))
+    caller = subprocess.Popen([sys.executable, str(code), str(journal), *map(str, paths)], start_new_session=True)
+    until = time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(caller.pid, signal.SIGKILL)
+    caller.wait()
+    kept = len(read_stats(journal).images)
+    assert 0 < kept < 40
+    assert observe(network, paths, scale, journal=journal, **CHANNELS) == observed
+
+
+class Named:
+    """Something that is made of a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __getstate__(self):
+        return named_file(self.path)
+
+    def __setstate__(self, state):
+        self.path = file_of(*state)
+
+    def __call__(self, x):
+        return x, str(self.path), self.path.read_bytes()
+
+
+def see_only_what_was_sent():
+    module._digest_of = lambda path, size, time_ns: module.sha256_file(path) if "/sent/" in path else ""
+
+
+@pytest.mark.slow  # the workers are started again
+def test_a_file_is_sent_to_workers_that_lack_it(client, tmp_path):
+    one, two = tmp_path / "one.bin", tmp_path / "two.bin"
+    for path in (one, two):
+        path.write_bytes(b"weights" + os.urandom(8))
+    with cluster(client):
+        here = list(parallel_map(Named(one), range(3), progress=False))
+        assert here == [(x, str(one), one.read_bytes()) for x in range(3)]
+        client.run(see_only_what_was_sent)
+        sent = list(parallel_map(Named(two), range(3), progress=False))
+    assert [(x, data) for x, _, data in sent] == [(x, two.read_bytes()) for x in range(3)]
+    assert all("/sent/" in path for _, path, _ in sent)
+    client.restart()
+
+
+def test_results_are_merged_on_the_workers(client):
+    def halved(numbers):
+        return [x for x in numbers if x % 2]
+
+    def joined(*parts):
+        return sorted(x for part in parts for x in part)
+
+    shards = [list(range(k, k + 10)) for k in range(0, 200, 10)]
+    with cluster(client):
+        answers = list(map_and_merge(halved, iter(shards), joined))
+    assert len(answers) == 3 and all(error is None and len(values) == 1 for values, error in answers)
+    assert sorted(x for values, _ in answers for x in values[0]) == list(range(1, 200, 2))
+
+
+# --- what does not travel
+
+
+def test_a_network_and_a_detector_are_packed_as_their_files(tmp_path, monkeypatch):
+    embedder, detector = Embedder(demo_embedder()), FaceDetector("yunet", model=demo_detector(), score_threshold=0.4)
+    packed = pickle.dumps((embedder, detector))
+    assert len(packed) < 2000
+    (one, found), (other, _) = pickle.loads(packed), pickle.loads(packed)
+    assert one is other and one.name == embedder.name, "opened once, and kept"
+    crops = list(np.random.default_rng(0).integers(0, 256, (2, embedder.size, embedder.size, 3), dtype=np.uint8))
+    assert np.array_equal(one(crops), embedder(crops))
+    photo = cv2.imread(str(next(demo_lfw().rglob("*.jpg"))))
+    assert np.array_equal(found.find(photo, "bgr").boxes, detector.find(photo, "bgr").boxes)
+    assert found.thresholds == detector.thresholds
+
+
+@pytest.mark.slow
+def test_faces_are_embedded_as_locally_while_workers_are_killed(client, tmp_path):
+    folder = demo_lfw()
+    photos = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg"))[:200]
+    networks = {"demo": Embedder(demo_embedder())}
+    detector = FaceDetector("yunet", model=demo_detector())
+    how = {"batch_size": 16, "progress": False}
+    near = embed_photos(detector, folder, photos, networks, **how)
+    seen = ["state", "reason", "score"]
+    with cluster(client):
+        far = embed_photos(detector, folder, photos, networks, journal=tmp_path / "journal", **how)
+        assert np.array_equal(far.embeddings["demo"], near.embeddings["demo"], equal_nan=True)
+        assert far.photos[seen].equals(near.photos[seen])
+        killer = Killer(client, 4, seed=3, pause=(2, 6))
+        while killer.is_alive():
+            far = embed_photos(detector, folder, photos, networks, **how)
+            assert np.array_equal(far.embeddings["demo"], near.embeddings["demo"], equal_nan=True)

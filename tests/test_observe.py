@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from calib_nb.core import rows
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.graph.build import network
@@ -23,7 +24,16 @@ from calib_nb.graph.layers import activations
 from calib_nb.graph.model import load_graph, run
 from calib_nb.quant import kernels
 from calib_nb.quant.observe import MAX_WORKERS, ObserveOptions, labelled, network_input, observe
-from calib_nb.quant.stats import QUANTILES, ActivationStats, Collector, Measurement, collect, read_stats
+from calib_nb.quant.stats import (
+    QUANTILES,
+    ActivationStats,
+    Collector,
+    Measurement,
+    channel_values,
+    collect,
+    merge,
+    read_stats,
+)
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 arrays = hnp.arrays(np.float32, st.integers(1, 300), elements=floats)
@@ -119,6 +129,26 @@ def test_any_order_and_any_division_give_the_same_histogram(pieces, random, capa
     assert counts.sum() == every.size and edges[0] <= every.min() and every.max() < edges[-1]
     numbers = np.floor(every / (edges[1] - edges[0])).astype(np.int64)
     assert np.array_equal(counts, np.bincount(numbers - numbers.min()))
+
+
+wide = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.lists(hnp.arrays(np.float32, (3, 5), elements=wide), min_size=2, max_size=9), st.randoms(use_true_random=False)
+)
+@example([np.full((3, 5), v, np.float32) for v in (3e38, 1e-45, -3e38, 0.1, -1e-45)], None)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_sums_per_channel_are_exact_in_any_order_and_division(pieces, random):
+    images = [(f"p{i}", {"x": piece}) for i, piece in enumerate(pieces)]
+    by_channel = {"channels": {"x": 0}, "bins": 16}
+    whole = collect(images, **by_channel)
+    shuffled = random.sample(images, len(images)) if random else images[::-1]
+    shards = [collect([image], **by_channel) for image in shuffled]
+    assert collect(shuffled, **by_channel) == merge(*shards) == merge(shards[0], merge(*shards[1:])) == whole
+    each = np.array([channel_values(piece, 0) for piece in pieces])
+    right = [[math.fsum(each[:, c, k]) for k in (2, 3)] for c in range(3)]
+    assert whole.channels["x"][:, 2:].tolist() == right
 
 
 def test_bins_fold_as_the_range_grows_without_losing_a_count():
@@ -218,10 +248,9 @@ def test_fewer_tensors_and_channels(model, images, oracle, stats):
         observe(model, part, scale, tensors=["c1", "m"], options=by_channel, progress=False)
         for part in (images[:5], images[5:])
     ]
-    merged = halves[0] + halves[1]
-    assert np.array_equal(merged.channels["m"][:, :2], few.channels["m"][:, :2]) and np.allclose(
-        merged.channels["m"], few.channels["m"], rtol=1e-12
-    )
+    assert halves[0] + halves[1] == halves[1] + halves[0] == few
+    one = observe(model, images[::-1], scale, tensors=["c1", "m"], threads=1, options=by_channel, progress=False)
+    assert one == few
 
 
 def test_the_model_file_is_only_read_and_one_picture_is_enough(model, images):
@@ -289,12 +318,45 @@ def test_file_round_trip_and_equal_bytes(tmp_path, stats):
         assert plain["tensors"].tolist() == list(stats.tensors)
 
 
+def test_channels_are_kept_in_files_and_those_of_an_older_file_are_read(model, images, tmp_path):
+    options = ObserveOptions(per_channel=["c1"])
+    whole, few = (
+        observe(model, p, scale, tensors=["c1"], options=options, progress=False) for p in (images, images[:3])
+    )
+    assert read_stats(whole.save(tmp_path / "w.npz")) == whole
+    with np.load(tmp_path / "w.npz") as arrays:
+        np.savez(tmp_path / "old.npz", **{name: arrays[name] for name in arrays.files if not name.startswith("sums/")})
+        wrong = dict(arrays) | {"sums/c1": arrays["sums/c1"] + 1}
+    assert np.array_equal(read_stats(tmp_path / "old.npz").channels["c1"], whole.channels["c1"])
+    few.save(tmp_path / "few.npz")
+    assert (
+        observe(model, images, scale, tensors=["c1"], options=options, journal=tmp_path / "few.npz", progress=False)
+        == whole
+    )
+    np.savez(tmp_path / "wrong.npz", **wrong)
+    with pytest.raises(InputError, match="sums contradict"):
+        read_stats(tmp_path / "wrong.npz")
+
+
+def test_values_beyond_a_size_lie_in_a_file_and_are_the_same(model, images, stats, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "IN_MEMORY", 2000)
+    shards = [observe(model, part, scale, progress=False) for part in (images[8:], images[:3], images[3:8])]
+    whole = merge(*shards)
+    assert whole == stats == observe(model, iter(images), scale, progress=False) and rows.is_mapped(whole.values)
+    assert whole.save(tmp_path / "a.npz").read_bytes() == stats.save(tmp_path / "b.npz").read_bytes()
+    read = read_stats(tmp_path / "a.npz")
+    assert rows.is_mapped(read.values) and read == stats and read.table().equals(stats.table())
+    assert read.select(["m", "r1"]) == stats.select(["m", "r1"])
+    assert np.array_equal(read.quantile(0.5), stats.quantile(0.5))
+    assert observe(model, images, scale, journal=shards[0].save(tmp_path / "c.npz"), progress=False) == stats
+
+
 def test_merging_what_does_not_belong_together_is_refused(model, images, stats, tmp_path):
     other = observe(model, images[:2], scale, options=ObserveOptions(bins=32), progress=False)
     assert stats != other and stats != 3
     for a, match in (
         (other, "do not fit together"),
-        (stats, "13 images are in both"),
+        (stats, "13 images are in two"),
         (stats.select(["r1"]), "do not fit together"),
     ):
         with pytest.raises(InputError, match=match):

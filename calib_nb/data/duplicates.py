@@ -7,6 +7,7 @@ __all__ = ['HASH_SIDE', 'MAX_DISTANCE', 'hash_images', 'near_pairs', 'group_near
            'leaks', 'held_out']
 
 # %% ../../nbs/data/06_duplicates.ipynb #cell-2
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 
 from ..core.errors import ImageError, InputError
 from ..core.parallel import parallel_map
+from ..core.remote import begin_reads, join, reading
 from ..core.run import sha256_file
 from .images import decode, find_images
 
@@ -43,13 +45,14 @@ def hash_images(
 
     def words(path: str) -> np.ndarray | None:
         try:
-            rgb = np.ascontiguousarray(decode(Path(source_dir, path))[..., ::-1])
+            rgb = np.ascontiguousarray(decode(join(source_dir, path))[..., ::-1])
         except ImageError:
             return None
         return np.packbits(imagehash.phash(PIL.Image.fromarray(rgb), hash_size=HASH_SIDE).hash).view(np.uint64)
 
-    words.lost = lambda path: None  # see core.cluster
-    rows = zip(paths, parallel_map(words, paths, workers=workers, desc="hash", progress=progress))
+    words.lost, words.ahead = lambda path: None, functools.partial(begin_reads, source_dir)  # see core.cluster
+    bar = {"desc": "hash", "total": len(paths), "progress": progress}
+    rows = zip(paths, parallel_map(words, reading(source_dir, paths), workers=workers, **bar))
     hashes = {path: row for path, row in rows if row is not None}
     table = np.array(list(hashes.values()), np.uint64).reshape(len(hashes), -1)
     return pd.DataFrame(table, index=pd.Index(list(hashes), name="path"))

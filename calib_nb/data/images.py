@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 from ..core.errors import ImageError, InputError
+from ..core.remote import far_files, is_url, join, read_far
 from ..core.run import read_json
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def find_images(root: str | Path, extensions: Iterable[str] = EXTENSIONS) -> lis
     with a warning, but for the links of a set that `prepare` has written; so are pictures with other endings.
 
     Args:
-        root: The folder.
+        root: The folder, or its URL; see `core.remote`.
         extensions: Endings to look for, with or without the dot, in any case.
 
     Returns:
@@ -52,8 +53,8 @@ def find_images(root: str | Path, extensions: Iterable[str] = EXTENSIONS) -> lis
     Raises:
         InputError: The folder is missing, or holds no such file; the message says what it holds.
     """
-    root, wanted = Path(root), _endings(extensions)
-    if not root.is_dir():
+    root, wanted = root if is_url(root) else Path(root), _endings(extensions)
+    if not is_url(root) and not root.is_dir():
         raise InputError(f"no such folder: {root}", expected="a folder of images", fix="check the path")
     paths, others, resolved, links, left_out = [], Counter(), os.path.realpath(root), None, {}
     for path, relative, ending in _files(root):
@@ -65,7 +66,7 @@ def find_images(root: str | Path, extensions: Iterable[str] = EXTENSIONS) -> lis
             if links.get(relative) != target:
                 left_out.setdefault("a link out of the folder", []).append(relative)
                 continue
-        if _is_utf8(relative):
+        if relative.encode("utf-8", "replace").decode() == relative:  # else os.walk could not decode it
             paths.append(relative)
         else:
             left_out.setdefault("not UTF-8, to be renamed", []).append(ascii(relative))
@@ -94,7 +95,7 @@ def passed_over(root: str | Path, extensions: Iterable[str] = EXTENSIONS) -> dic
         Number of files by ending, the most frequent first.
     """
     wanted = _endings(extensions)
-    return _pictures(Counter(ending for _, _, ending in _files(Path(root)) if ending not in wanted))
+    return _pictures(Counter(ending for _, _, ending in _files(root) if ending not in wanted))
 
 
 def name_counts(counts: dict[str, int]) -> str:
@@ -115,8 +116,11 @@ def _by_count(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _files(root: Path) -> Iterator[tuple[str, str, str]]:
+def _files(root: str | Path) -> Iterator[tuple[str, str, str]]:
     """(path, POSIX path below `root`, ending in lower case) of every file that is not hidden."""
+    if is_url(root):
+        yield from ((join(root, name), name, os.path.splitext(name)[1].lower()) for name, _ in far_files(root))
+        return
     for folder, folders, names in os.walk(root, onerror=_left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(folder).relative_to(root).as_posix().removeprefix(".")
@@ -146,19 +150,12 @@ def _warn_once(text: str) -> None:
         _SAID.add(text)
         _log.warning("%s", text)
 
-
-def _is_utf8(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
-
 # %% ../../nbs/data/01_images.ipynb #cell-13
 def read_image_bytes(path: str | Path, *, max_megapixels: float = 64) -> bytes:
     """Read a file that may be an image.
 
     Args:
-        path: File to read.
+        path: File to read, or its URL.
         max_megapixels: Largest image that is expected; the file may have 8 bytes for each pixel of it (16-bit RGBA
             without compression) plus 64 MB.
 
@@ -168,6 +165,8 @@ def read_image_bytes(path: str | Path, *, max_megapixels: float = 64) -> bytes:
     Raises:
         ImageError: It is missing, empty, larger, not a regular file, or cannot be read.
     """
+    if is_url(path):
+        return read_far(path, max_megapixels * 8e6 + 64e6)
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -446,8 +445,7 @@ def _decode_other(path, data: bytes, max_megapixels: float) -> np.ndarray:
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation >= 5:
-        image = cv2.transpose(image)
+    image = cv2.transpose(image) if orientation >= 5 else image
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return image if flip is None else cv2.flip(image, flip)
 
@@ -497,8 +495,7 @@ def _shorten(text: str, width: int) -> str:
     def fits(line):
         return cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)[0][0] <= width - 2
 
-    if fits(text):
-        return text
-    while text and not fits(text + ".."):
+    ending = "" if fits(text) else ".."
+    while text and not fits(text + ending):
         text = text[:-1]
-    return text + ".."
+    return text + ending

@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..core.errors import ImageError, InputError, shorten
 from ..core.parallel import parallel_map
+from ..core.remote import begin_reads, file_key, is_url, join, reading, resolved
 from ..core.run import versions
 from .images import EXTENSIONS, decode, find_images
 
@@ -203,7 +204,7 @@ def measure_file(root: str | Path, reference_side: int, path: str) -> dict:
         path, width, height, the numbers of `measure_quality`, and error (""); for a bad file path and error alone.
     """
     try:
-        bgr = decode(os.path.join(root, path))
+        bgr = decode(join(root, path))
         size = {"width": bgr.shape[1], "height": bgr.shape[0]}
         return {"path": path, **size, **measure_quality(bgr, reference_side), "error": ""}
     except ImageError as e:
@@ -214,14 +215,7 @@ def measure_file(root: str | Path, reference_side: int, path: str) -> dict:
 
 
 measure_file.lost = lambda path: {"path": path, "error": "ends the process that reads it"}  # see core.cluster
-
-
-def _file_key(root: Path, path: str) -> str:
-    try:
-        status = os.stat(root / path)
-    except OSError:
-        return path
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+measure_file.ahead = begin_reads
 
 
 def score_folder(
@@ -236,7 +230,7 @@ def score_folder(
     """Score every image below a folder.
 
     Args:
-        source_dir: Folder of images; its subfolders are searched too.
+        source_dir: Folder of images or its URL; its subfolders are searched too.
         config: Weights and constants.
         extensions: See `find_images`.
         workers: Number of threads; default all cores. The table does not depend on it.
@@ -250,18 +244,19 @@ def score_folder(
     Raises:
         InputError: The folder is missing or holds no image.
     """
-    root = Path(source_dir)
+    root = source_dir if is_url(source_dir) else Path(source_dir)
     paths = find_images(root, extensions)
     packages = versions("calib-nb", "numpy", "opencv-python", "simplejpeg", "pillow")
     rows = parallel_map(
         functools.partial(measure_file, str(root), config.reference_side),
-        paths,
+        reading(root, paths),
+        total=len(paths),
         workers=workers,
         desc="score",
         progress=progress,
         journal=journal,
-        key=functools.partial(_file_key, root),
-        signature=json.dumps([str(root.resolve()), config.reference_side, COLOR_GRID, packages]),
+        key=functools.partial(file_key, root),
+        signature=json.dumps([str(resolved(root)), config.reference_side, COLOR_GRID, packages]),
     )
     table = pd.DataFrame(list(rows), columns=SCORE_COLUMNS)
     table[[*SCORE_METRICS, "quality"]] = pd.DataFrame(scores(table, config))

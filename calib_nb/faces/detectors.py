@@ -6,6 +6,8 @@
 __all__ = ['DETECTORS', 'read_image', 'Method', 'available', 'Face', 'FaceDetector']
 
 # %% ../../nbs/faces/07_detectors.ipynb #cell-2
+import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -18,6 +20,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from ..core.cluster import file_of, named_file, worker_threads
 from ..core.errors import CalibError, ImageError, InputError, ModelError, require_known
 from ..core.models import fetch_model, find_models, verify_models
 from ..core.parallel import parallel_map
@@ -199,8 +202,37 @@ def _thresholds(name: str, given: dict[str, float | None], boxes: str) -> dict[s
     return thresholds
 
 
+def _files_in(path: Path) -> tuple[Path, ...]:
+    return tuple(sorted(p for p in path.iterdir() if p.is_file())) if path.is_dir() else (path,)
+
+
+def _folder_of(files: Sequence[tuple[str, str]]) -> Path:
+    """On a worker: the folder of files that were named elsewhere, or one of links to where they were sent."""
+    places = [file_of(*file) for file in files]
+    if all(str(place) == path for place, (path, _) in zip(places, files)):
+        return places[0].parent
+    folder = places[0].parent / ("-".join(sha256[:12] for _, sha256 in files))
+    folder.mkdir(exist_ok=True)
+    for place, (path, _) in zip(places, files):
+        with contextlib.suppress(FileExistsError):
+            (folder / Path(path).name).symlink_to(place)
+    return folder
+
+
+@functools.lru_cache(maxsize=8)
+def _made_once(name: str, device: str, published: tuple, own: tuple, options: tuple) -> "FaceDetector":
+    """On a worker: a detector of files that were named elsewhere, made once and kept."""
+    options = dict(options) | {"threads": min(dict(options)["threads"], worker_threads())}
+    model = own and _folder_of(own)
+    if own and not (name == "mtcnn" and len(own) > 1):
+        model = model / Path(own[0][0]).name
+    return FaceDetector(name, device, _folder_of(published) if published else None, model=model or None, **options)
+
+
 class FaceDetector:
     """Any of the methods, behind one interface; images are paths, PIL images, or arrays with `order`.
+
+    It is packed for a cluster as the names and hashes of its files.
 
     Args:
         name: The method, see `DETECTORS`.
@@ -239,18 +271,27 @@ class FaceDetector:
         if importlib.util.find_spec(package) is None:
             missing = f"{name} runs on the package {package}, which is not installed"
             raise ModelError(missing, fix=f"pip install 'calib-nb[{package}]'")
+        published, own = (), () if model is None else _files_in(Path(model))
         if name == "rtmpose":
             if model is None:
                 missing = "rtmpose needs a model file: no public weights could be checked"
                 raise ModelError(missing, fix='FaceDetector("rtmpose", model="your_rtmpose_face.onnx")')
-            below = FaceDetector(boxes, device, models, threads=threads)._engine
-            self._engine = RtmposeFaces(model, below, threads=threads, device=device)
+            below = FaceDetector(boxes, device, models, threads=threads)
+            published = below._made_of[2]
+            self._engine = RtmposeFaces(model, below._engine, threads=threads, device=device)
         else:
-            self._engine = self._build(device, models, model, threads)
+            published = tuple(fetch_model(m, models) for m in find_models(self.method.models)) if model is None else ()
+            self._engine = self._build(device, model, threads, *published)
+        self._made_of = name, device, published, own, (*given.items(), ("boxes", boxes), ("threads", threads))
 
-    def _build(self, device, models, model, threads):
+    def __reduce__(self):
+        name, device, published, own, options = self._made_of
+        published, own = (tuple(map(named_file, files)) for files in (published, own))
+        return _made_once, (name, device, published, own, options)
+
+    def _build(self, device, model, threads, *published):
         name, method, own = self.name, self.method, self.thresholds
-        path = Path(model) if model is not None else [fetch_model(m, models) for m in find_models(method.models)][0]
+        path = Path(model) if model is not None else published[0]
         if name == "yunet" and model is None and device != "cuda":
             return OpenCVYuNet(path, max_side=1280, **own)
         if name == "yunet":

@@ -8,6 +8,7 @@ __all__ = ['Embedder', 'TorchEmbedder', 'open_embedder', 'onnx_file', 'centre_cr
 
 # %% ../../nbs/faces/14_embed.ipynb #cell-2
 import base64
+import functools
 import logging
 import threading
 import time
@@ -22,8 +23,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from ..core.cluster import file_of, named_file, worker_threads
 from ..core.errors import ImageError, InputError, ModelError
-from ..core.parallel import Journal, parallel_map
+from ..core.parallel import Journal, current_engine, parallel_map
 from ..data.images import decode
 from ..data.preprocess import preset
 from .align import align
@@ -34,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 # %% ../../nbs/faces/14_embed.ipynb #cell-8
 class Embedder:
-    """An embedding network; call it with crops.
+    """An embedding network; call it with crops. It is packed for a cluster as its file's name and hash.
 
     Args:
         model: ONNX file, float or INT8, of input [N,3,S,S] and output [N,D].
@@ -54,7 +56,10 @@ class Embedder:
             raise ModelError(f"{Path(model).name}: {source} to {target}", expected=expected, fix=fix)
         self._take(Path(model).name, source.shape[2])
         self.batch, self._input = source.shape[0] if isinstance(source.shape[0], int) else 0, source.name
-        self._session = open_session(model, threads, device)
+        self._session, self._made_of = open_session(model, threads, device), (model, threads, device)
+
+    def __reduce__(self):
+        return _opened_once, (*named_file(self._made_of[0]), *self._made_of[1:])
 
     def _take(self, name: str, size: int) -> None:
         """Name, side and preprocessing of the network, and the table of its 256 values by channel."""
@@ -112,6 +117,14 @@ class Embedder:
         return np.concatenate([self._session.run(None, {self._input: part})[0] for part in portions])[: len(x)]
 
 
+@functools.lru_cache(maxsize=8)
+def _opened_once(path: str, sha256: str, threads: int, device: str) -> Embedder:
+    """On a worker: the network of a file that was named elsewhere, opened once and kept."""
+    embedder = Embedder(file_of(path, sha256), threads=min(threads, worker_threads()), device=device)
+    embedder.name = Path(path).name
+    return embedder
+
+
 def _is_side(side) -> bool:
     return isinstance(side, int) and side >= 16
 
@@ -129,6 +142,9 @@ class TorchEmbedder(Embedder):
     def __init__(self, module, *, size: int = 112, name: str = "torch module", device: str = "cpu"):
         self._take(name, size)
         self._module, self._device = module, device
+
+    def __reduce__(self):
+        return object.__reduce_ex__(self, 2)  # torch packs the module
 
     def _run(self, x: np.ndarray) -> np.ndarray:
         import torch
@@ -197,6 +213,7 @@ def centre_crop(bgr: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(bgr[top : top + side, left : left + side], (size, size), interpolation=interpolation)
 
 # %% ../../nbs/faces/14_embed.ipynb #cell-27
+_LOST = "ends the process that reads it"
 _COLUMNS = ("state", "reason", "score", "box", "landmarks", "decode_ms", "detect_ms", "align_ms")
 
 
@@ -370,12 +387,24 @@ def _batches(detector, folder: Path, todo: list[str], embedders: Mapping[str, Em
     sizes = sorted({embedder.size for embedder in embedders.values()})
     how = {"workers": options.workers, "desc": options.desc, "progress": options.progress, "unit": "image"}
     waiting, batch = deque(), []
+    cluster = current_engine.get() and current_engine.get()(1)
+    embed = functools.partial(_embed_batch, embedders=dict(embedders), flip=options.flip)
 
     def see(photo):
         return (photo, *see_photo(detector, folder / photo, sizes))
 
+    see.lost = lambda photo: (photo, dict.fromkeys(_COLUMNS) | {"state": "unreadable", "reason": _LOST}, {})
+
+    def begin(batch):
+        return cluster.submit(embed, [batch]) if cluster else network.submit(embed, batch)
+
     def finished():
         part = waiting.popleft().result()
+        if cluster:
+            results, _, error = part
+            if error is not None:
+                raise error
+            part = results[0]
         for _, record in part:
             record["memory_mb"] = [round(memory.peak_mb, 1), round(memory.peak_mb - memory.before_mb, 1)]
         return part
@@ -390,11 +419,11 @@ def _batches(detector, folder: Path, todo: list[str], embedders: Mapping[str, Em
         for item in items:
             batch.append(item)
             if len(batch) == options.batch_size:
-                waiting.append(network.submit(_embed_batch, batch, embedders, options.flip))
+                waiting.append(begin(batch))
                 batch = []
-            while len(waiting) > 2 or (waiting and waiting[0].done()):
+            while len(waiting) > 2 * (cluster.workers if cluster else 1) or (waiting and waiting[0].done()):
                 yield finished()
-        waiting.append(network.submit(_embed_batch, batch, embedders, options.flip))
+        waiting.append(begin(batch))
         while waiting:
             yield finished()
 
