@@ -1,7 +1,9 @@
 """The report notebooks on their built-in data: through the strict runner, and bare under papermill."""
 
 import ast
+import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import forked
 import pandas as pd
+import PIL.Image
 import pytest
 
+import calib_nb as cn
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.core.run import sha256_file
+from calib_nb.data.demo_photos import graded_photos
+from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.report import list_reports, report_notebook, report_parameters, run_path, run_report
 
 NAMES = list(list_reports().index)
@@ -63,6 +69,38 @@ def run(name: str, root: Path) -> Path:
     return page.parent
 
 
+def pixels(data: bytes) -> int:
+    """Width of a PNG or JPEG."""
+    return PIL.Image.open(io.BytesIO(data)).width
+
+
+def check_page(page: str, name: str) -> None:
+    """What a reader who does not know the notebook needs: the verdict first, sharp pictures, words for everything."""
+    texts = re.sub(r"<style.*?</style>|<pre.*?</pre>|<img.*?>", "", page, flags=re.S)
+    first = re.search(r"The verdict.*?</h2>.*?<p>(.*?)</p>", texts, re.S)[1]
+    opening = {"calibration-set": "The 20 chosen images", "npu-config": "The config is"}
+    assert first.startswith(opening.get(name, "INT8")) and first.endswith("."), first
+    rough = (
+        "Preprocess(",
+        "&quot;}",
+        "{'",
+        "drop_low",
+        "drop of map",
+        "loses",
+        "nan",
+        "1 pairs",
+        "1 nodes",
+        "1 images",
+    )
+    assert [word for word in rough if re.search(rf"(?<![\w.,]){re.escape(word)}(?!\w)", texts)] == []
+    pictures = re.findall(r'<img alt="([^"]+)" width="(\d+)"\s+src="data:image/\w+;base64,([^"]+)">', page)
+    assert pictures and len(pictures) == page.count("<img"), "a picture without words, or without its width"
+    assert all(pixels(base64.b64decode(text)) >= 2 * int(width) - 1 for _, width, text in pictures)
+    assert "@media print" in page and ".wide" in page
+    trusted = "Can you trust this calibration set?" in page
+    assert trusted == (name in ("calibration-set", "quantize"))
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
     folder = run(name, root)
@@ -70,6 +108,7 @@ def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "ynthetic" in page and "<script" not in page and not re.search(r'(?:src|href)="(?!data:|#|https?://)', page)
     assert not re.search(r'<img[^>]+src="http|<link|@import', page), "the page fetches something"
+    check_page(page, name)
     assert str(root) not in page and ".partial" not in page
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {"parameters", "versions", "git", "inputs", "outputs", "steps", "report", "seconds"} <= set(manifest)
@@ -78,6 +117,32 @@ def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
     assert {"report.ipynb", "report.html", "metrics.csv"} <= set(manifest["outputs"])
     assert len(pd.read_csv(folder / "metrics.csv")) >= 1
     assert not list(folder.parent.glob(".*")), "something unfinished is left"
+
+
+@pytest.mark.slow
+def test_a_calibration_set_is_chosen_and_examined_by_a_models_activations(tmp_path):
+    """Real runs are called "run"; an app that swaps red and blue is found out."""
+    images, network = (
+        tmp_path / "images",
+        sequential(conv(4), "Relu", "GlobalAveragePool", linear(3), shape=(1, 3, 32, 32)),
+    )
+    graded_photos(images, 30)
+    model = network.save(tmp_path / "net.onnx")
+    config = cn.save_config(cn.generate_config("edgeface", images, model=model), tmp_path / "config.json")
+    (tmp_path / "app.py").write_text(f"""
+from calib_nb.npu.config import load_config
+chain = load_config({str(config)!r}).preprocess
+def swapped(bgr):
+    return chain(bgr[..., ::-1].copy())
+""")
+    given = {"source_dir": str(images), "num_samples": 10, "strategy": "coverage", "model": str(model)}
+    given |= {"config": str(config), "deployed": f"{tmp_path / 'app.py'}:swapped"}
+    report = run_report("calibration-set", given, root=tmp_path / "outputs")
+    assert report.folder == tmp_path / "outputs/calibration-set/net/run"
+    page = report.page.read_text(encoding="utf-8")
+    assert "red and blue are swapped" in page and "of the pool&#39;s ranges" in page and "ynthetic" not in page
+    with pytest.raises(CalibError, match="strategy coverage without a model"):
+        run_report("calibration-set", given | {"model": "", "config": "", "deployed": ""}, root=tmp_path / "outputs")
 
 
 @pytest.mark.slow
@@ -112,7 +177,10 @@ def test_a_report_runs_bare_under_papermill(name, tmp_path):
         env=os.environ | {"CALIB_NB_OUTPUTS": str(tmp_path / "outputs")},
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert (tmp_path / "outputs" / name / "demo/bare/metrics.csv").exists() and (tmp_path / "out.ipynb").exists()
+    folder = tmp_path / "outputs" / name / "demo/bare"
+    assert (folder / "metrics.csv").exists() and (tmp_path / "out.ipynb").exists()
+    check_page((folder / "report.html").read_text(encoding="utf-8"), name)
+    assert "report.html" in json.loads((folder / "manifest.json").read_text())["outputs"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +219,7 @@ def test_a_failing_report_keeps_the_older_run_and_the_failed_notebook(tmp_path):
     with pytest.raises(CalibError, match="not ONNX|is not"):
         run_report("quantize", {"model": str(wrong), "images": str(tmp_path), "preset": "yunet"}, root=tmp_path)
     assert (folder / "report.html").read_text() == "the older one"
-    assert folder.with_name("demo.failed.ipynb").exists()
+    assert folder.with_name("run.failed.ipynb").exists()
 
 
 def listed_images(folder):

@@ -32,8 +32,8 @@ def show_gallery(
     captions: Sequence[str] = (),
     columns: int = 10,
     cell: int = 92,
-    small: int = 56,
-    quality: int = 45,
+    small: int = 48,
+    quality: int = 40,
 ) -> None:
     """Show images in rows, each with its caption, and keep them as files.
 

@@ -272,6 +272,7 @@ def show_trust(trust: Trust, folder: str | Path, *, most: int = 8) -> None:
         folder: Receives the pictures.
         most: Pairs of each kind, and odd images, that are shown.
     """
+    looks = {"columns": 8, "cell": 120, "small": 44}
     ours, theirs = trust.files["calibration"], trust.files.get("validation", {})
     pairs = [(ours[r.calibration], theirs[r.validation], "scored", r.kind) for r in trust.audit.leaks.itertuples()]
     sides = {"leaks": pairs}
@@ -279,12 +280,12 @@ def show_trust(trust: Trust, folder: str | Path, *, most: int = 8) -> None:
     for name, rows in sides.items():
         captions = [t for a, b, w, kind in rows[:most] for t in (f"in the set: {a.name}", f"{w}: {b.name} ({kind})")]
         images = [_picture(path) for a, b, *_ in rows[:most] for path in (a, b)]
-        show_gallery(images, f"trust-{name}", "Of a pair", folder=folder, captions=captions, columns=8, cell=120)
+        show_gallery(images, f"trust-{name}", "Of a pair", folder=folder, captions=captions, **looks)
     faults = trust.audit.faults
     odd = faults[faults.fault.isin(_ODD)].head(2 * most)
     captions = [f"{PurePosixPath(row.path).name}: {row.fault}" for row in odd.itertuples()]
     images = [_picture(ours[path]) for path in odd.path]
-    show_gallery(images, "trust-odd", "Odd image", folder=folder, captions=captions, columns=8, cell=120)
+    show_gallery(images, "trust-odd", "Odd image", folder=folder, captions=captions, **looks)
     if trust.sizes is not None:
         alt = "Left a histogram of the coverage of random sets with this set as a line; right drift of ranges by images"
         caption = "Left: how much of the ranges that the pool's images reach is reached by the set. Right: how far the "

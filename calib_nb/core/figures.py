@@ -84,7 +84,7 @@ def show_figure(figure, name: str, alt: str, *, folder: str | Path, jpeg: int = 
         name: The file's name without ending.
         alt: What is seen, for those who do not see it.
         folder: Receives `name`.png, or `name`.jpg where the figure holds images; its parent holds the page.
-        jpeg: 0 for a PNG in 32 colours, or the quality of a JPEG, 1 to 100, for figures that hold images.
+        jpeg: 0 for a PNG in 16 colours, or the quality of a JPEG, 1 to 100, for figures that hold images.
         caption: A sentence below it on the page.
     """
     import matplotlib.pyplot as plt
@@ -95,7 +95,9 @@ def show_figure(figure, name: str, alt: str, *, folder: str | Path, jpeg: int = 
     plt.close(figure)
     picture = PIL.Image.open(sharp).convert("RGB")
     width = picture.width // 2
-    less = picture.resize((width, picture.height // 2), PIL.Image.Resampling.LANCZOS)
+    share = 0.33 if jpeg else 0.5
+    size = round(share * picture.width), round(share * picture.height)
+    less = picture.resize(size, PIL.Image.Resampling.BOX)
     file = Path(folder) / f"{name}{'.jpg' if jpeg else '.png'}"
     with atomic_file(file, "wb") as f:
         if jpeg:
@@ -103,7 +105,7 @@ def show_figure(figure, name: str, alt: str, *, folder: str | Path, jpeg: int = 
             less.save(small, "jpeg", quality=jpeg)
         else:
             f.write(sharp.getvalue())
-            less.quantize(32, dither=0).save(small, "png", optimize=True)
+            less.quantize(16, dither=0).save(small, "png", optimize=True)
     show_small(small.getvalue(), [f"{file.parent.name}/{file.name}"], width, alt, captions=[caption])
 
 
