@@ -241,6 +241,7 @@ table.runs { width: 100%; } .runs td, .runs th { text-align: left; padding: .55r
   .runs tr { display: block; border-bottom: 2px solid #1d273355; padding: .6rem 0; }
   .runs td { display: block; border: none; padding: .15rem 0; } .runs td:empty { display: none; }
 }
+@page { size: landscape; }
 @media print { .runs td:nth-child(n) { min-width: 0; white-space: normal; } }
 """
 _HEADS = ("verdict", "run", "drop", "size", "time of a run", "files")

@@ -200,6 +200,7 @@ _MARKS = {"Critical": "bad", "Warning": "warn"}
 _STYLE = """
 .net { overflow: auto; max-height: 85vh; border: 1px solid #d8dee6; border-radius: 6px; padding: .5rem 0; }
 .net svg { display: block; margin: 0 auto; } .net g:target rect { stroke: #16202b; stroke-width: 4; }
+.net g { scroll-margin: 30vh; }
 .copy { margin: .8rem 0; } .copy pre { margin: .3rem 0 0; user-select: all; }
 .copy pre { white-space: pre-wrap; overflow-wrap: anywhere; } .copy span { font-weight: 600; }
 .copy button { font: inherit; font-size: .85rem; padding: .1rem .7rem; cursor: pointer; }
@@ -207,7 +208,9 @@ _STYLE = """
 .first li { margin-bottom: .35rem; overflow-wrap: anywhere; } nav a { margin-right: 1.2rem; white-space: nowrap; }
 .swatch { display: inline-block; width: 1.1rem; height: .8rem; border: 1.5px solid transparent; vertical-align: -1px; }
 * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+@page { size: landscape; }
 @media print {
+  td, th { font-size: .8em; padding: 1px 3px; }
   .net { overflow: visible; max-height: none; border: none; }
   .net svg { max-width: 100%; height: auto; break-inside: avoid; }
   .copy button, nav { display: none; } .fig img { max-width: 100%; }
@@ -248,7 +251,7 @@ def _network(diagnosis: Diagnosis, most: int = 1500) -> str:
     nodes = len(diagnosis.graph.nodes)
     more = f" The first {most} of its {nodes} nodes are drawn." if nodes > most else ""
     text = "The float network in the form that the INT8 file was made from; constants are not drawn."
-    drawing = draw_graph(diagnosis.graph, node_looks(diagnosis), part=900, most=most)
+    drawing = draw_graph(diagnosis.graph, node_looks(diagnosis), part=600, most=most)
     label = html.escape(f"The network of {diagnosis.float_name}, {nodes} nodes coloured by SQNR alone")
     frame = f'<div class="net" tabindex="0" role="region" aria-label="{label}">{drawing}</div>'
     return f"<p>{text}{more} Point at a node for its name, its shapes and what to do.</p>{_legend()}{frame}"
