@@ -10,6 +10,7 @@ __all__ = ['READS', 'SCHEMES', 'is_url', 'join', 'resolved', 'far_files', 'file_
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import threading
@@ -43,13 +44,13 @@ def join(root: str | Path, name: str) -> str | Path:
         name: Relative POSIX path.
 
     Returns:
-        A URL as text, else a `Path`.
+        A URL or path as text; a `Path` where the root is one.
 
     Raises:
         InputError: The name leaves the root of a URL.
     """
     if not is_url(root):
-        return Path(root, name)
+        return os.path.join(root, name) if isinstance(root, str) else Path(root, name)
     if name.startswith("/") or ".." in name.split("/") or is_url(name):
         raise InputError(f"'{name}' points outside {root}", expected="a path below that root", fix="remove the entry")
     named = quote(name) if _scheme(root) in ("http", "https", "file") else name
@@ -57,8 +58,9 @@ def join(root: str | Path, name: str) -> str | Path:
 
 
 def resolved(root: str | Path) -> str | Path:
-    """A URL as it is; a folder's absolute path, links resolved."""
-    return root.rstrip("/") if is_url(root) else Path(root).resolve()
+    """A URL as it is, also one that has become a `Path`; a folder's absolute path, links resolved."""
+    url = re.sub(rf"^({'|'.join(SCHEMES)}):/(?=[^/])", r"\1://", str(root))
+    return url.rstrip("/") if is_url(url) else Path(root).resolve()
 
 
 def _scheme(url: str) -> str:
@@ -131,7 +133,7 @@ def far_files(root: str) -> Iterator[tuple[str, str]]:
                 else:
                     key = _content_name(entry)
                     if key.endswith("|"):
-                        _unasked[join(root, name)] = None
+                        _unasked[join(root, name)] = _content.pop(join(root, name), None)
                     else:
                         _content[join(root, name)] = key
                     yield name, key
@@ -151,7 +153,7 @@ def _content_name(entry: dict) -> str:
 
 
 _content: dict[str, str] = {}  # what names it, by URL
-_unasked: dict[str, None] = {}  # URLs whose listing does not say it
+_unasked: dict[str, str | None] = {}  # URLs whose listing does not say it
 
 
 def file_key(root: str | Path, name: str) -> str:
@@ -249,19 +251,31 @@ def begin_reads(root: str | Path, *rest) -> bool:
     return is_url(root)
 
 
-def reading(root: str | Path, names: Sequence[str]) -> Iterator[str] | Sequence[str]:
+def reading(root: str | Path, names: Sequence[str], journal: str | Path | None = None) -> Iterator[str] | Sequence[str]:
     """Names of files that are mapped on threads, each of which is read ahead when it is taken.
 
     Args:
         root: A folder or a URL.
         names: Relative to it.
+        journal: What it knows by its `file_key` is not read.
 
     Returns:
         The names themselves where nothing has to be read ahead here: in a folder, or on a cluster.
     """
     if not is_url(root) or current_engine.get():
         return names
-    return (name for name in names if begin_reads(root, [name]))
+    known = _keys_in(journal) if journal is not None and Path(journal).is_file() else ()
+    return (name for name in names if (known and file_key(root, name) in known) or begin_reads(root, [name]))
+
+
+def _keys_in(journal: str | Path) -> set[str]:
+    """Keys of a file that may be a journal, see `core.parallel`."""
+    keys = set()
+    with open(journal, "rb") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, TypeError, IndexError, KeyError):
+                keys.add(json.loads(line)[0])
+    return keys
 
 
 def read_far(url: str, limit: float = 576e6) -> bytes:
@@ -298,7 +312,12 @@ def _read(url: str, limit: float) -> bytes:
         if _scheme(url) in ("http", "https"):  # a server need not know ranges, and its size is only what it says
             with system.open(path, block_size=0) as f:
                 return f.read(int(limit) + 1)
-        return system.cat_file(path, start=0, end=int(limit) + 1)
+        try:
+            return system.cat_file(path, start=0, end=int(limit) + 1)
+        except Exception:
+            if system.info(path).get("size") == 0:  # S3 refuses any range of nothing
+                return b""
+            raise
 
 
 def sha256_far(url: str, limit: float = 8e9) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError, require_known
+from ..core.remote import is_url, join, read_far, reading, resolved
 from ..core.run import atomic_folder
 from .duplicates import group_near, hash_images, leaks
 from .images import EXTENSIONS, find_images, passed_over
@@ -53,15 +54,17 @@ def check_output(
         InputError: It holds something else; or, always, it lies inside the source, is or holds the source, `against`,
             the home or the working folder, or is a file.
     """
-    source, output = Path(source_dir).resolve(), Path(output_dir).resolve()
-    kept = {"source folder": source, "home folder": Path.home().resolve(), "working folder": Path.cwd().resolve()}
+    far, output = is_url(source_dir), Path(output_dir).resolve()
+    source = Path("/") if far else Path(source_dir).resolve()
+    kept = {} if far else {"source folder": source}
+    kept |= {"home folder": Path.home().resolve(), "working folder": Path.cwd().resolve()}
     if against is not None:
         kept["validation folder"] = Path(against).resolve()
     for what, folder in kept.items():
         if folder.is_relative_to(output):
             fix = "name a new folder elsewhere; it is replaced as a whole"
             raise InputError(f"the output folder {output} is or holds the {what}", fix=fix)
-    if output.is_relative_to(source):
+    if not far and output.is_relative_to(source):
         fix = "name one elsewhere, or the next run would choose from the chosen"
         raise InputError(f"the output folder {output} lies inside the source folder", fix=fix)
     if output.exists() and not output.is_dir():
@@ -80,7 +83,7 @@ def place(source: str | Path, target: str | Path, link: str = "copy") -> None:
     """Put a file at a new path.
 
     Args:
-        source: File.
+        source: File or URL; what lies elsewhere is always copied.
         target: New path.
         link: One of `LINKS`.
 
@@ -89,6 +92,9 @@ def place(source: str | Path, target: str | Path, link: str = "copy") -> None:
 
     Source: copy_file_range(2), which shares blocks where it can.
     """
+    if is_url(source):
+        Path(target).write_bytes(read_far(source))
+        return
     source = Path(source).resolve()
     if link != "copy":
         {"hardlink": os.link, "symlink": os.symlink}[link](source, target)
@@ -148,11 +154,16 @@ def _fill(partial: Path, output: Path, selection: Selection, pool: pd.DataFrame,
     warnings = selection.warnings + ((_LINKS_NOTE,) if parameters["link"] == "symlink" else ())
     others = passed_over(parameters["source_dir"], parameters.get("extensions", EXTENSIONS))
     prepared = PreparedSet(output, images, pool, selection.plan, warnings, parameters, others)
-    for path, name in names.items():
-        place(Path(parameters["source_dir"], path), partial / name, parameters["link"])
+    for path in reading(parameters["source_dir"], list(names)):
+        place(join(parameters["source_dir"], path), partial / names[path], parameters["link"])
     for write in (write_lists, write_analysis, write_card):
         write(partial, prepared)
     return prepared
+
+
+def _check_link(source: str | Path, link: str) -> None:
+    if is_url(source) and link != "copy":
+        raise InputError(f"no {link} can lead to {source}", expected="copy", fix="leave --link out")
 
 
 def write_set(
@@ -183,7 +194,8 @@ def write_set(
         InputError: The output may not be replaced or cannot be written; then the old folder, or none, is there.
     """
     require_known(link, LINKS, "link")
-    output, source = check_output(source_dir, output_dir, overwrite=overwrite), Path(source_dir).resolve()
+    output, source = check_output(source_dir, output_dir, overwrite=overwrite), resolved(source_dir)
+    _check_link(source, link)
     recorded = {**(parameters or {}), "source_dir": str(source), "link": link}
     with building(output, link) as partial:
         return _fill(partial, output, selection, pool, recorded)
@@ -238,7 +250,7 @@ def prepare(
     write the same bytes.
 
     Args:
-        source_dir: Folder of images; its subfolders are searched too.
+        source_dir: Folder of images, or its URL; its subfolders are searched too.
         output_dir: Folder to write; it appears whole or not at all.
         num_samples: Images to choose.
         strategy: A key of `SELECTION_STRATEGIES`, or a function that looks at the images themselves, such as
@@ -264,7 +276,8 @@ def prepare(
     options = dataclasses.replace(options, **{name: value for name, value in more.items() if name in fields})
     chosen_by = {name: value for name, value in more.items() if name not in fields}
     chosen_by = check_strategy(strategy, num_samples, chosen_by)
-    source = Path(source_dir).resolve()
+    source = resolved(source_dir)
+    _check_link(source, options.link)
     find_images(source, options.extensions)  # a wrong source is refused before anything is written
     output = check_output(source, output_dir, against=options.against, overwrite=overwrite)
     if options.quality_threshold is None and strategy == "quality_mix":

@@ -249,7 +249,7 @@ def score_folder(
     packages = versions("calib-nb", "numpy", "opencv-python", "simplejpeg", "pillow")
     rows = parallel_map(
         functools.partial(measure_file, str(root), config.reference_side),
-        reading(root, paths),
+        reading(root, paths, journal),
         total=len(paths),
         workers=workers,
         desc="score",

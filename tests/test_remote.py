@@ -1,0 +1,180 @@
+"""Images on a web server and in an object store, both on 127.0.0.1: the rows are those of the folder."""
+
+import functools
+import http.server
+import os
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("fsspec", reason="the extra remote is not installed")
+
+from calib_nb.core import remote  # noqa: E402
+from calib_nb.core.errors import ImageError, InputError  # noqa: E402
+from calib_nb.core.remote import file_key, join, read_ahead, read_far, sha256_far  # noqa: E402
+from calib_nb.core.run import sha256_file  # noqa: E402
+from calib_nb.data.dataset import prepare  # noqa: E402
+from calib_nb.data.duplicates import hash_images  # noqa: E402
+from calib_nb.data.images import find_images, passed_over, read_image_bytes  # noqa: E402
+from calib_nb.data.score import score_folder  # noqa: E402
+
+
+class Slow(http.server.ThreadingHTTPServer):
+    """A web server that answers after a while, and counts what it was asked for."""
+
+    def __init__(self, folder, latency=0.0):
+        server, self.latency, self.asked = self, latency, []
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def send_head(self):
+                server.asked.append(self.path)
+                time.sleep(server.latency)
+                return super().send_head()
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def write_photos(folder, count, size=(48, 64)):
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        cv2.imwrite(
+            str(folder / f"{k:03d}.jpg"), cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), size[::-1])
+        )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remote") / "photos"
+    (folder / "day 1" / ".hidden").mkdir(parents=True)
+    write_photos(folder, 20)
+    write_photos(folder / "day 1", 3)
+    (folder / "day 1" / "ä+&#.jpg").write_bytes((folder / "001.jpg").read_bytes())
+    (folder / "day 1" / ".hidden" / "no.jpg").write_bytes(b"x")
+    (folder / "torn.jpg").write_bytes((folder / "000.jpg").read_bytes()[:300])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "film.mov").write_bytes(b"film")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def web(photos):
+    server = Slow(photos)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket(photos):
+    pytest.importorskip("s3fs", reason="the extra remote is not installed")
+    server = pytest.importorskip("moto.server", reason="moto is not installed")
+    import fsspec
+    import s3fs
+
+    kept = {k: os.environ.get(k) for k in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")}
+    store = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    store.start()
+    host, port = store.get_host_and_port()
+    os.environ.update(dict(zip(kept, ("test", "test", f"http://{host}:{port}"))), AWS_DEFAULT_REGION="us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    remote._system.cache_clear()
+    system = fsspec.filesystem("s3")
+    system.mkdir("photos")
+    for path in photos.rglob("*"):
+        if path.is_file():
+            system.pipe_file(f"photos/all/{path.relative_to(photos).as_posix()}", path.read_bytes())
+    yield "s3://photos/all"
+    store.stop()
+    for name, value in kept.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(params=["file", "http", "s3"])
+def root(request, photos):
+    if request.param == "s3":
+        return request.getfixturevalue("bucket")
+    return photos.as_uri() if request.param == "file" else request.getfixturevalue("web").url
+
+
+def test_rows_are_those_of_the_folder(root, photos, tmp_path):
+    near = score_folder(photos, progress=False)
+    assert find_images(root) == find_images(photos) and passed_over(root) == passed_over(photos) == {".mov": 1}
+    assert score_folder(root, workers=2, progress=False).equals(near)
+    assert score_folder(root, progress=False, journal=tmp_path / "journal").equals(near)
+    paths = list(near.path)
+    assert hash_images(root, paths, progress=False).equals(hash_images(photos, paths, progress=False))
+    assert sha256_far(join(root, "day 1/002.jpg")) == sha256_file(photos / "day 1" / "002.jpg")
+
+
+def test_the_journal_notices_a_file_that_has_changed(tmp_path):
+    write_photos(tmp_path, 3)
+    server = Slow(tmp_path)
+    score_folder(server.url, progress=False, journal=tmp_path / "journal")
+    server.asked.clear()
+    score_folder(server.url, progress=False, journal=tmp_path / "journal")
+    reads = [path for path in server.asked if path.endswith("jpg")]
+    assert len(reads) == len(set(reads)) == 3, "asked for size and time only"
+    before = file_key(server.url, "000.jpg")
+    remote._content.clear()
+    cv2.imwrite(str(tmp_path / "000.jpg"), np.zeros((9, 9, 3), np.uint8))
+    assert file_key(server.url, "000.jpg") != before
+    server.shutdown()
+
+
+def test_what_cannot_be_read_is_one_line(root, photos):
+    for url, limit, reason in ((join(root, "none.jpg"), 1e6, "missing"), (join(root, "000.jpg"), 100, "too_large")):
+        with pytest.raises(ImageError) as refused:
+            read_far(url, limit)
+        assert refused.value.reason == reason and "\n" not in str(refused.value)
+    with pytest.raises(ImageError) as refused:
+        read_image_bytes(join(root, "empty.jpg"))
+    assert refused.value.reason == "empty"
+    with pytest.raises(InputError, match="points outside"):
+        join(root, "../000.jpg")
+
+
+def test_a_root_that_is_not_there_is_one_line(web):
+    for url in (f"{web.url}/none", "http://127.0.0.1:9/photos", "ftp://127.0.0.1/photos"):
+        with pytest.raises(InputError) as refused:
+            find_images(url)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_page_that_links_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    write_photos(tmp_path / "photos", 1)
+    links = ["000.jpg", "../secret.jpg", "/secret.jpg", "http://127.0.0.1:9/a.jpg", "..%2Fsecret.jpg", "?sort=name"]
+    (tmp_path / "photos" / "index.html").write_text("".join(f'<a href="{link}">x</a>' for link in links))
+    server = Slow(tmp_path)
+    assert find_images(f"{server.url}/photos") == ["000.jpg"]
+    server.shutdown()
+
+
+def test_a_set_is_prepared_from_a_url(web, photos, tmp_path):
+    far = prepare(web.url, tmp_path / "far", num_samples=4, strategy="random", progress=False)
+    near = prepare(photos, tmp_path / "near", num_samples=4, strategy="random", progress=False)
+    assert list(far.images.path) == list(near.images.path)
+    for name in far.images.name:
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+    with pytest.raises(InputError, match="copy"):
+        prepare(web.url, tmp_path / "links", num_samples=4, link="symlink", progress=False)
+
+
+def test_reads_are_begun_before_their_turn(web, photos):
+    urls = [join(web.url, f"{k:03d}.jpg") for k in range(12)]
+    web.latency = 0.1
+    start = time.monotonic()
+    read_ahead(urls)
+    assert [read_far(url) for url in urls] == [(photos / f"{k:03d}.jpg").read_bytes() for k in range(12)]
+    web.latency = 0.0
+    assert time.monotonic() - start < 0.9, "twelve reads, one after the other, take 1.2 s"
