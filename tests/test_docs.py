@@ -66,3 +66,49 @@ def test_the_glossary_explains_the_words_of_the_field():
     assert {"clipping", "rounding", "bias correction", "cross-layer equalization", "mixed precision"} <= terms
     for row in rows:
         assert len(row) == 3 and re.search("[가-힣]", row[1]) and row[2].strip().endswith("다."), row
+
+
+def guide_rows() -> list[tuple[list[str], str, str]]:
+    """Rows of the guide: the commands of its section, the spelling that people know, and ours."""
+    commands, rows = [], []
+    for line in (ROOT / "nbs" / "guides" / "options.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("The command"):
+            commands = re.findall(r"`calib-nb ([^`]+)`", line)
+        elif line.startswith("| `--"):
+            known, ours = (cell.strip().strip("`") for cell in line.strip("|").split("|")[:2])
+            rows.append((commands, known, ours))
+    return rows
+
+
+def test_every_option_of_the_guide_exists_and_may_be_spelled_as_people_know_it():
+    import typer.main
+
+    from calib_nb import cli
+
+    root = typer.main.get_command(cli.app)
+
+    def options(words: str) -> set[str]:
+        command = root
+        for word in words.split():
+            command = command.commands[word]
+        return {name for parameter in command.params for name in parameter.opts}
+
+    assert len(guide_rows()) > 35
+    for commands, known, ours in guide_rows():
+        assert any(ours in options(command) for command in commands), (commands, ours)
+        assert cli._hyphens(known) == ours
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_or_a_dead_link(tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, ".ci/docs.py", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    pages = {p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site").rglob("*.html")}
+    books = [p for p in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    assert {p.relative_to(ROOT).with_suffix(".html").as_posix() for p in books} <= pages
+    assert {"index.html", "README.ko.html", "api/quant.quantize.html", "nbs/guides/options.html"} <= pages
+    assert "calib_nb.quant.quantize" in (tmp_path / "site" / "api" / "index.html").read_text()
