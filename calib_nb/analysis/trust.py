@@ -176,7 +176,8 @@ def trust_table(trust: Trust) -> pd.DataFrame:
     result = ", ".join(odd or ["none"]) + (f"; only noted: {', '.join(other)}" if other else "")
     row("no image is blank, turned or broken", not odd, result, "look at these, and leave them out")
     same = None if trust.proof is None else trust.proof.equal
-    result = "no deployment was named" if same is None else str(trust.proof).splitlines()[0]
+    differences = "; ".join(map(str, trust.proof.differences)) if same is False else ""
+    result = "no deployment was named" if same is None else differences or "the same tensors, to the last bit"
     advice = "name what the app does to an image" if same is None else "make both the same; see below"
     row("the app prepares images alike", same, result, advice)
     if trust.sizes is None:
@@ -222,7 +223,7 @@ _REASONS = {
     "no image is scored, too": "{}",
     "no image comes twice": "{}",
     "no image is blank, turned or broken": "odd images ({})",
-    "the app prepares images alike": "the app prepares images otherwise ({})",
+    "the app prepares images alike": "the app prepares images otherwise, {}",
     "it covers the model's activations": "it covers less of the model's activations than most random sets ({})",
     "there are enough images": "too few images ({})",
 }
@@ -286,6 +287,9 @@ def show_trust(trust: Trust, folder: str | Path, *, most: int = 8) -> None:
     captions = [f"{PurePosixPath(row.path).name}: {row.fault}" for row in odd.itertuples()]
     images = [_picture(ours[path]) for path in odd.path]
     show_gallery(images, "trust-odd", "Odd image", folder=folder, captions=captions, **looks)
+    if trust.proof is not None and trust.proof.views is not None and not trust.proof.equal:
+        words = ["what the config makes of an image", "what the app makes of it"]
+        show_gallery(trust.proof.views[:2], "trust-app", "Image as the network sees it", folder=folder, captions=words)
     if trust.sizes is not None:
         alt = "Left a histogram of the coverage of random sets with this set as a line; right drift of ranges by images"
         caption = "Left: how much of the ranges that the pool's images reach is reached by the set. Right: how far the "
