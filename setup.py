@@ -22,13 +22,24 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     author=settings["author"],
-    packages=[*find_packages(include=["calib_nb", "calib_nb.*"]), "calib_nb.reports", "calib_nb.android_app"],
-    # Report notebooks and the Android app's sources are part of the product: an installed package carries them as data.
-    package_dir={"calib_nb.reports": "nbs/reports", "calib_nb.android_app": "android"},
+    packages=[
+        *find_packages(include=["calib_nb", "calib_nb.*"]),
+        "calib_nb.reports",
+        "calib_nb.android_app",
+        "calib_nb.benchmarks",
+    ],
+    # Report notebooks, measured tables and the Android app's sources are part of the product: an installed package
+    # carries them as data.
+    package_dir={
+        "calib_nb.reports": "nbs/reports",
+        "calib_nb.android_app": "android",
+        "calib_nb.benchmarks": "nbs/benchmarks",
+    },
     # py.typed says that the package carries its types; the rest is a small demo model and what describes it.
     package_data={
         "calib_nb": ["py.typed", "**/*.json", "**/*.onnx"],
         "calib_nb.reports": ["*.ipynb"],
+        "calib_nb.benchmarks": ["*.csv"],
         "calib_nb.android_app": ["**/*"],
     },
     python_requires=f">={settings['min_python']}",

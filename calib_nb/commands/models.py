@@ -19,7 +19,7 @@ def _model_names(incomplete: str) -> list[str]:
     return [model.name for model in find_models(()) if model.name.startswith(incomplete)]
 
 
-app = typer.Typer(help="Published models: list, fetch, verify.")
+app = typer.Typer(help="Published models: list, fetch, verify, and what was measured of them: info, numerics.")
 _NAMES = typer.Argument(
     help="Names from `calib-nb models list`; mtcnn stands for its three files. None: all.", autocompletion=_model_names
 )
@@ -82,3 +82,79 @@ def verify(names: Annotated[list[str] | None, _NAMES] = None, folder: Annotated[
             f"{len(wrong)} of {len(table)} files are not the published ones: {', '.join(wrong.name)}",
             fix=f"calib-nb models fetch {' '.join(wrong.name)}",
         )
+
+# %% ../../nbs/commands/08_models.ipynb #cell-13
+_MEASURED = {  # published name: the network's name in the table
+    "yunet": "YuNet",
+    "edgeface-xxs": "EdgeFace-XXS",
+    "edgeface-xs": "EdgeFace-XS",
+}
+_HOW = (
+    "measured on 2026-11-21 on a PC of two cores, AVX2 without VNNI, by nbs/benchmarks/real_models.ipynb\n"
+    "drop: points of the metric, with its 95 % interval; time / float: INT8 over float on that PC, for ort-cpu only"
+)
+
+
+def _measurements():
+    """The table that the benchmark notebook left, of the checkout or of the installed package."""
+    from importlib.resources import files
+
+    import pandas as pd
+
+    import calib_nb
+
+    checkout = Path(calib_nb.__file__).resolve().parents[1] / "nbs" / "benchmarks" / "real_models.csv"
+    return pd.read_csv(checkout if checkout.is_file() else str(files("calib_nb.benchmarks") / "real_models.csv"))
+
+
+def _numerics(names: list[str]):
+    """Rows of the table for these published names, in words and units for people."""
+    import pandas as pd
+
+    table = _measurements()
+    rows = []
+    for name in names:
+        for row in table[table.model == _MEASURED[name]].to_dict("records"):
+            theirs = "" if pd.isna(row["onnxruntime"]) else f"{row['onnxruntime']:.2f}"
+            drop = f"{row['float'] - row['int8']:.2f} ({row['drop_low']:.2f} to {row['drop_high']:.2f})"
+            rows.append(
+                {
+                    "model": name,
+                    "target": row["target"],
+                    "metric, %": row["metric"],
+                    "float": f"{row['float']:.2f}",
+                    "ONNX Runtime INT8": theirs,
+                    "INT8": f"{row['int8']:.2f}",
+                    "drop": drop,
+                    "MB": f"{row['float_mb']:.2f} -> {row['int8_mb']:.2f}",
+                    "time / float": f"{row['latency_ratio']:.2f}" if row["target"] == "ort-cpu" else "",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@app.command(epilog="Example: calib-nb models info edgeface-xxs")
+def info(name: Annotated[str, typer.Argument(help="A name of `calib-nb models list`.", autocompletion=_model_names)]):
+    """One network: file, licence, input, and what INT8 costs it on each target that was measured."""
+    from calib_nb.core.errors import InputError
+    from calib_nb.core.models import find_models
+    from calib_nb.report import text_table
+
+    models = find_models([name])
+    if len(models) > 1:
+        raise InputError(f"{name} stands for several files", expected="one of " + ", ".join(m.name for m in models))
+    (model,) = models
+    typer.echo(f"{model.name}: {model.file}, {model.size / 1e6:.2f} MB, {model.licence}, from {model.source}")
+    typer.echo(f"input: {model.input or 'see the source'}")
+    if name in _MEASURED:
+        typer.echo(f"\n{text_table(_numerics([name]))}\n{_HOW}")
+    else:
+        typer.echo(f"what INT8 costs it was not measured; measured are {', '.join(_MEASURED)}")
+
+
+@app.command(epilog="Example: calib-nb models numerics")
+def numerics():
+    """All measured networks and targets in one table: metric in float and INT8, drop, size and time."""
+    from calib_nb.report import text_table
+
+    typer.echo(f"{text_table(_numerics(list(_MEASURED)))}\n{_HOW}")
