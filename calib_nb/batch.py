@@ -211,6 +211,8 @@ def drop_bar(row: Mapping[str, object], ends: tuple[float, float] = (-0.5, 2.0))
     if budget > 0:
         x = place(budget)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="26" stroke="#16202b" stroke-dasharray="3 2.5"/>')
+    if max(drop, np.nan_to_num(high)) / one > ends[1]:  # it goes on beyond the axis
+        parts.append(f'<path d="M{_WIDE - 5} 8l5 5l-5 5z" fill="#16202b"/>')
     label = html.escape(drop_text(row))
     return f'<svg width="{_WIDE}" height="26" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 

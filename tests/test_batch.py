@@ -200,6 +200,8 @@ def test_bars_stay_in_their_frame():
     row = {"verdict": "over budget", "unit": "", "drop": 50.0, "low": -40.0, "high": 90.0, "budget": 0.5}
     numbers = [float(x) for x in re.findall(r'(?:x1?|x2)="([\d.]+)"', drop_bar(row))]
     assert all(0 <= x <= 210 for x in numbers)
+    beyond = "8l5 5l-5 5z"
+    assert beyond in drop_bar(row) and beyond not in drop_bar(row | {"drop": 0.5, "low": 0.3, "high": 0.9})
     for zero in ({"budget": 0.0}, {"drop": 0.0, "low": 0.0, "high": 0.0}, {"low": float("nan"), "high": float("nan")}):
         assert "nan" not in drop_bar(row | zero).lower()
     assert drop_text(row | {"drop": -0.0, "low": -0.0, "high": 0.0}).startswith("0.0")
