@@ -77,3 +77,25 @@ def test_what_ends_at_once_leaves_no_line():
 def test_every_bar_goes_through_the_switch():
     sources = [p for p in (ROOT / "calib_nb").rglob("*.py") if "disable=None" in p.read_text(encoding="utf-8")]
     assert not sources, "it overrules TQDM_DISABLE: use core.parallel.bar_switch"
+
+
+def test_libpng_says_nothing_about_a_colour_profile(tmp_path):
+    code = """
+import struct, sys, zlib
+import cv2
+import numpy as np
+from calib_nb.data.images import decode
+
+drawn = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+good = cv2.imencode(".png", drawn)[1].tobytes()
+profile = b"iCCP" + b"broken\\0\\0" + zlib.compress(b"x" * 200)
+chunk = struct.pack(">I", len(profile) - 4) + profile + struct.pack(">I", zlib.crc32(profile))
+open("bad.png", "wb").write(good[:33] + chunk + good[33:])
+if "--plain" in sys.argv:
+    cv2.imread("bad.png")
+else:
+    assert (decode("bad.png") == drawn).all()
+"""
+    ours = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    plain = subprocess.run([sys.executable, "-c", code, "--plain"], cwd=tmp_path, capture_output=True, text=True)
+    assert "libpng warning" in plain.stderr and ours.stderr == ""

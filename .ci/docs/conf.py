@@ -53,6 +53,12 @@ def plain_words(text: str) -> str:
 
 def for_sphinx(app, what, name, obj, options, lines):
     """Docstrings before napoleon reads them: "Returns:" is prose here, and never names a type before its colon."""
+    if (
+        name.startswith(("calib_nb.cli.", "calib_nb.commands."))
+        and "Args:" not in map(str.strip, lines)
+        and "" in lines
+    ):
+        del lines[lines.index("") :]  # the rest is Markdown for a terminal: --help shows it
     returns = False
     for k, line in enumerate(plain_words("\n".join(lines)).split("\n")):
         if line.strip() in ("Returns:", "Yields:"):

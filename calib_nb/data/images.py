@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER_PICTURES', 'MOST_SCANS', 'LONGEST_SIDE', 'find_images', 'passed_over', 'name_counts',
-           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'encode_png', 'contact_sheet']
+           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'plain_png', 'encode_png',
+           'contact_sheet']
 
 # %% ../../nbs/data/01_images.ipynb #cell-2
 import contextlib
@@ -356,6 +357,7 @@ def decode_bytes(data: bytes, name: str | Path, *, max_megapixels: float = 64) -
         return _decode_jpeg(name, data, max_megapixels)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(name, data, max_megapixels)
+        data = plain_png(data)
     return _decode_other(name, data, max_megapixels)
 
 
@@ -411,6 +413,34 @@ def _check_size(path, width: int, height: int, max_megapixels: float) -> None:
         raise ImageError(what, reason="too_large", expected=expected, fix="cut it into parts, or remove it")
     if width * height > max_megapixels * 1e6:
         raise _too_large(path, f"{width} x {height} pixels", max_megapixels)
+
+
+_REMARKS = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"bKGD", b"sBIT", b"hIST", b"pHYs", b"sPLT", b"tIME")
+
+
+def plain_png(data: bytes) -> bytes:
+    """A PNG file without remarks: colour profile, texts, background, sizes in print.
+
+    They change no pixel that OpenCV reads, and libpng writes to standard error about those that are not as they should
+    be, past every log.
+
+    Args:
+        data: All bytes of a PNG file.
+
+    Returns:
+        The same bytes where there is nothing to leave out.
+
+    Source: PNG specification, "Chunk layout".
+    """
+    parts, at, start = [], 8, 0
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if kind in _REMARKS:
+            parts.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*parts, data[start:]]) if parts else data
 
 
 def _check_png(path, data: bytes, max_megapixels: float) -> None:

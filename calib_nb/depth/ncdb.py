@@ -23,7 +23,7 @@ import pandas as pd
 
 from ..core.errors import ImageError, InputError
 from ..core.run import contained, read_json
-from ..data.images import read_image_bytes
+from ..data.images import plain_png, read_image_bytes
 
 # %% ../../nbs/depth/02_ncdb.ipynb #cell-12
 IMAGES = "image_a6"
@@ -288,7 +288,7 @@ def decode_depth(path: str | Path) -> np.ndarray:
     if header.color != 0 or header.bits not in (8, 16):
         kind = {2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}.get(header.color, "gray")
         raise ImageError(f"{path} is {header.bits}-bit {kind}", reason="unsupported", expected="16-bit gray")
-    raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    raw = cv2.imdecode(np.frombuffer(plain_png(data), np.uint8), cv2.IMREAD_UNCHANGED)
     if raw is None:
         raise ImageError(
             f"{path} cannot be decoded, though its chunks are whole",
