@@ -181,6 +181,7 @@ class Lab:
         self.page.evaluate("() => { window.jupyterapp.commands.execute('application:toggle-left-area'); }")
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_selector(".echo")
+        self.kernel = self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.id")
         self.page.set_default_timeout(20_000)
         errors = self.page.locator(
             '[data-mime-type="application/vnd.jupyter.stderr"], .jp-RenderedText:has(.ansi-red-fg)'
@@ -231,14 +232,14 @@ class Lab:
         with contextlib.suppress(playwright.TimeoutError):
             self.page.locator(".jp-Dialog .jp-mod-accept").click(timeout=3000)
         deadline = time.time() + 30
-        while (left := self.kernels()) and time.time() < deadline:
+        while self.kernel in self.kernels() and time.time() < deadline:
             time.sleep(0.25)
         self.page.close()
-        assert left == []
+        assert self.kernel not in self.kernels()
 
-    def kernels(self) -> list[dict]:
+    def kernels(self) -> list[str]:
         with urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}") as answer:
-            return json.load(answer)
+            return [kernel["id"] for kernel in json.load(answer)]
 
 
 def record(name: str, **milliseconds: float) -> None:
@@ -324,3 +325,82 @@ def test_preprocessing(chromium, lab, home):
     lab.show(".jp-OutputArea-output:has(.calib-table)", "preprocessing")
     record("preprocessing", **times)
     lab.close()
+
+
+def test_faces(chromium, lab, home):
+    lab = Lab(chromium, lab, place_notebook("06_faces.ipynb", home, {"images": ""}).name)
+    page = lab.page
+    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-rates, .calib-picture")}
+    lab.slider("least score").press("End")
+    page.wait_for_selector(".calib-figure:has-text(': 0 faces')")
+    lab.slider("least score").press("Home")
+    page.wait_for_selector(".calib-figure:not(:has-text(': 0 faces'))")
+    lab.slider("threshold").press("End")
+    page.wait_for_selector(".calib-rates:has-text('FRR 100.0%')")
+    lab.slider("threshold").press("Home")
+    page.wait_for_selector(".calib-rates:has-text('FAR 100.0%')")
+    for _ in range(6):
+        lab.slider("threshold").press("PageUp")
+    lab.show(".jp-OutputArea-output:has(.calib-rates)", "faces")
+    record("faces", **times)
+    lab.close()
+
+
+def test_tags(chromium, lab, home):
+    lab = Lab(chromium, lab, place_notebook("07_tags.ipynb", home, {"coco": ""}).name)
+    page = lab.page
+    page.get_by_role("button", name="best F1 for each").first.click()
+    page.get_by_role("button", name="against the threshold 0.5").first.click()
+    page.wait_for_selector(".calib-changes:has-text('against the threshold 0.5')")
+    before = page.locator(".calib-gallery").first.get_attribute("data-shown")
+    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
+    lab.slider("threshold").press("End")
+    page.wait_for_function("d => document.querySelector('.calib-gallery').dataset.shown !== d", arg=before)
+    page.locator(".calib-table tbody tr").nth(2).click()
+    page.wait_for_selector(".calib-table tr.calib-selected[data-row='2']")
+    lab.show(".jp-OutputArea-output:has(.calib-changes)", "tags")
+    record("tags", **times)
+    lab.close()
+
+
+def test_depth(chromium, lab, home):
+    lab = Lab(chromium, lab, place_notebook("08_depth.ipynb", home, {"root": ""}).name)
+    page = lab.page
+    times = {"echo": lab.echo(), "scale": lab.median(lab.key("error scale"), ".calib-picture")}
+    before = page.locator(".calib-figure path").last.get_attribute("d")
+    page.get_by_role("button", name="20 frames").first.click()
+    page.wait_for_selector(".calib-rates:has-text('over 20 frames')")
+    assert page.locator(".calib-figure path").last.get_attribute("d") != before
+    lab.show(".jp-OutputArea-output:has(.calib-rates)", "depth")
+    record("depth", **times)
+    lab.close()
+
+
+def test_a_path_that_is_wrong_is_one_line(chromium, lab, home):
+    """Run as a reader would who mistypes the folder: no traceback, and the cells below are not run."""
+    path = place_notebook("03_images.ipynb", home, {"images": "no/such/folder"})
+    notebook = json.loads(path.read_text())
+    first = next(k for k, c in enumerate(notebook["cells"]) if "explore_images(images)" in "".join(c["source"]))
+    notebook["cells"] = [*notebook["cells"][: first + 1], notebook["cells"][-1]]
+    path.write_text(json.dumps(notebook))
+    lab = Lab(chromium, lab, path.name)
+    assert "no/such/folder" in lab.page.locator(".calib-error").inner_text()
+    lab.show(".jp-OutputArea-output:has(.calib-error)", "wrong-path")
+    lab.close()
+
+
+def test_images_under_voila(chromium, home, thousand):
+    pytest.importorskip("voila", reason="pip install 'calib-nb[lab]' brings voila")
+    name, port = place_notebook("03_images.ipynb", home, {"images": str(thousand)}).name, free_port()
+    command = ["voila", name, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--strip_sources=True"]
+    with server(command, home, f"http://127.0.0.1:{port}/voila/static/voila.js"):
+        page = chromium.new_page(viewport={"width": 1280, "height": 1400})
+        page.set_default_timeout(SECONDS * 1000)
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector('.calib-gallery[data-chosen="24"]')
+        slider = page.locator(".widget-hslider", has=page.get_by_text("images", exact=True)).first
+        slider.locator(".noUi-handle").first.press("ArrowRight")
+        page.wait_for_selector('.calib-gallery[data-chosen="25"]')
+        page.locator(".calib-gallery").first.scroll_into_view_if_needed()
+        page.screenshot(path=OUT / "voila.png")
+        page.close()
