@@ -26,6 +26,7 @@ class Slow(http.server.ThreadingHTTPServer):
     """A web server that answers after a while, and counts what it was asked for."""
 
     def __init__(self, folder, latency=0.0):
+        pytest.importorskip("aiohttp", reason="the extra remote is not installed")
         server, self.latency, self.asked = self, latency, []
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -58,6 +59,8 @@ def photos(tmp_path_factory):
     (folder / "day 1" / ".hidden").mkdir(parents=True)
     write_photos(folder, 20)
     write_photos(folder / "day 1", 3)
+    large = np.random.default_rng(1).integers(0, 256, (700, 900, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "large.png"), large)  # does not arrive in one piece
     (folder / "day 1" / "ä+&#.jpg").write_bytes((folder / "001.jpg").read_bytes())
     (folder / "day 1" / ".hidden" / "no.jpg").write_bytes(b"x")
     (folder / "torn.jpg").write_bytes((folder / "000.jpg").read_bytes()[:300])

@@ -252,7 +252,7 @@ def begin_reads(root: str | Path, *rest) -> bool:
 
 
 def reading(root: str | Path, names: Sequence[str], journal: str | Path | None = None) -> Iterator[str] | Sequence[str]:
-    """Names of files that are mapped on threads, each of which is read ahead when it is taken.
+    """Names of files that are mapped on threads; the next ones are read while one is yielded.
 
     Args:
         root: A folder or a URL.
@@ -265,7 +265,17 @@ def reading(root: str | Path, names: Sequence[str], journal: str | Path | None =
     if not is_url(root) or current_engine.get():
         return names
     known = _keys_in(journal) if journal is not None and Path(journal).is_file() else ()
-    return (name for name in names if (known and file_key(root, name) in known) or begin_reads(root, [name]))
+    return _begun_before(root, names, known)
+
+
+def _begun_before(root: str, names: Sequence[str], known: set[str] | tuple) -> Iterator[str]:
+    begun = 0
+    for k, name in enumerate(names):
+        for later in names[begun : k + 2 * READS]:
+            begun += 1
+            if not known or file_key(root, later) not in known:
+                begin_reads(root, [later])
+        yield name
 
 
 def _keys_in(journal: str | Path) -> set[str]:
@@ -311,7 +321,12 @@ def _read(url: str, limit: float) -> bytes:
         system, path = _system(_scheme(url)), _inside(url)
         if _scheme(url) in ("http", "https"):  # a server need not know ranges, and its size is only what it says
             with system.open(path, block_size=0) as f:
-                return f.read(int(limit) + 1)
+                data = bytearray()
+                while len(data) <= limit and (
+                    part := f.read(1 << 20)
+                ):  # gives what has arrived, however much is asked for
+                    data += part
+                return bytes(data)
         try:
             return system.cat_file(path, start=0, end=int(limit) + 1)
         except Exception:
