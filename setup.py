@@ -9,7 +9,7 @@ here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-EXTRAS = ("torch", "executorch", "mediapipe", "cluster", "lab", "docs", "dev")
+EXTRAS = ("torch", "executorch", "mediapipe", "cluster", "remote", "lab", "docs", "dev")
 extras = {name: settings[f"{name}_requirements"].split() for name in EXTRAS}
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
