@@ -22,8 +22,9 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import ImageError, InputError
+from ..core.png import plain_png
 from ..core.run import contained, read_json
-from ..data.images import plain_png, read_image_bytes
+from ..data.images import read_image_bytes
 
 # %% ../../nbs/depth/02_ncdb.ipynb #cell-12
 IMAGES = "image_a6"
