@@ -45,7 +45,7 @@ def store(path: Path, everything: bool) -> str:
         cell.cell_type = "raw"
     resources = {"metadata": {"path": str(path.parent)}}
     try:
-        NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
+        NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=resources).execute()
     except CellExecutionError as e:
         return str(e)
     for cell in asleep:

@@ -105,7 +105,9 @@ def test_minmax_is_the_observed_range(tmp_path, model, images):
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     first = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
     x = np.stack([scale(p) for p in images])
-    assert np.isclose(values[first.input[1]], (max(x.max(), 0) - min(x.min(), 0)) / 255, rtol=1e-6)
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    steps = 254 if low == -high else 255  # the pixels of a range around zero would lie halfway between two codes
+    assert np.isclose(values[first.input[1]], (high - low) / steps, rtol=1e-6)
 
 
 def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path, model, images):

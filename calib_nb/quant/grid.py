@@ -38,9 +38,11 @@ def activation_grid(low: float, high: float, profile) -> tuple[np.ndarray, np.nd
         raise InputError(f"a range from {low:g} to {high:g}", expected="finite numbers, the lower one first")
     bottom, top = profile.activation_levels
     low, high = min(float(low), 0.0), max(float(high), 0.0)
-    scale = np.float32(max(-low, high) / top if profile.activation_symmetric else (high - low) / (top - bottom))
+    symmetric = profile.activation_symmetric
+    halfway = high > 0 and not symmetric and abs(low + high) <= 1e-6 * high  # where zero falls between two codes
+    scale = np.float32(max(-low, high) / top if symmetric else (high - low) / (top - bottom - halfway))
     scale = scale if scale >= _SMALLEST else np.float32(1)
-    zero = 0 if profile.activation_symmetric else np.clip(np.rint(bottom - low / scale), bottom, top)
+    zero = 0 if symmetric else np.clip(np.rint(bottom + halfway - low / scale), bottom, top)
     return np.array(scale), np.array(zero, np.int8 if profile.activation_signed else np.uint8)
 
 
