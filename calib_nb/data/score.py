@@ -24,6 +24,7 @@ import pandas as pd
 from ..core.errors import ImageError, InputError, shorten
 from ..core.parallel import parallel_map
 from ..core.remote import begin_reads, file_key, is_url, join, reading, resolved
+from ..core.rows import table_of
 from ..core.run import versions
 from .images import EXTENSIONS, decode, find_images
 
@@ -258,7 +259,7 @@ def score_folder(
         key=functools.partial(file_key, root),
         signature=json.dumps([str(resolved(root)), config.reference_side, COLOR_GRID, packages]),
     )
-    table = pd.DataFrame(list(rows), columns=SCORE_COLUMNS)
+    table = table_of(rows, SCORE_COLUMNS)
     table[[*SCORE_METRICS, "quality"]] = pd.DataFrame(scores(table, config))
     return table
 
