@@ -31,6 +31,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # they stand in the signature's own text; types of other packages would be dead references
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 python_display_short_literal_types = True
 default_role = "literal"
 napoleon_numpy_docstring = False
@@ -66,7 +67,18 @@ def for_sphinx(app, what, name, obj, options, lines):
         elif returns and line.strip():
             line, returns = f":returns: {line.strip()}", False
         lines[k] = line
+    if what in ("property", "attribute"):  # napoleon would read the words before their first colon as a type
+        _PROSE[name], lines[:] = list(lines), []
+
+
+_PROSE = {}
+
+
+def restore_prose(app, what, name, obj, options, lines):
+    """What napoleon was not to read."""
+    lines[:] = _PROSE.pop(name, lines)
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", for_sphinx, priority=400)
+    app.connect("autodoc-process-docstring", restore_prose, priority=600)

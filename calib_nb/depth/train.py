@@ -383,8 +383,7 @@ def train_depth(
         A row per epoch: epoch, learning_rate, loss, mean_penalty, range_penalty, and DEPTH_METRICS of `validation`.
 
     Raises:
-            InputError: Too few frames, another training in `folder`, or a loss that is not finite; its frames are
-            named.
+        InputError: Too few frames, another training in `folder`, or a loss that is not finite (its frames are named).
     """
     checkpoint, frames = Path(folder) / "checkpoint.pt" if folder else None, len(pairs)
     if frames < settings.batch:
