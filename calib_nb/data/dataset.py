@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError, require_known
+from ..core.links import linked_folders
 from ..core.remote import is_url, join, read_far, reading, resolved
 from ..core.run import atomic_folder
 from .duplicates import group_near, hash_images, leaks
@@ -149,6 +150,8 @@ _LINKS_NOTE = "its images are links: they are read here as long as the source fo
 
 def _fill(partial: Path, output: Path, selection: Selection, pool: pd.DataFrame, parameters: dict) -> PreparedSet:
     names = set_names(list(selection.rows["path"]))
+    if parameters["link"] == "symlink":
+        parameters = {**parameters, "linked_folders": _made_from(parameters["source_dir"], list(names))}
     images = selection.rows.astype({"width": int, "height": int})
     images.insert(0, "name", images["path"].map(names))
     warnings = selection.warnings + ((_LINKS_NOTE,) if parameters["link"] == "symlink" else ())
@@ -159,6 +162,12 @@ def _fill(partial: Path, output: Path, selection: Selection, pool: pd.DataFrame,
     for write in (write_lists, write_analysis, write_card):
         write(partial, prepared)
     return prepared
+
+
+def _made_from(source: str, paths: list[str]) -> list[str]:
+    """The source folder, and the folders that the source's own links lead into."""
+    places = {os.path.dirname(os.path.join(source, path)) for path in paths}
+    return [source, *sorted({f for place in places for f in linked_folders(place)} - {source})]
 
 
 def _check_link(source: str | Path, link: str) -> None:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER_PICTURES', 'MOST_SCANS', 'LONGEST_SIDE', 'find_images', 'passed_over', 'name_counts',
-           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'plain_png', 'encode_png',
-           'contact_sheet']
+           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'encode_png', 'contact_sheet']
 
 # %% ../../nbs/data/01_images.ipynb #cell-2
 import contextlib
@@ -24,8 +23,9 @@ import cv2
 import numpy as np
 
 from ..core.errors import ImageError, InputError
+from ..core.links import link_targets, linked_folders
+from ..core.png import plain_png
 from ..core.remote import far_files, is_url, join, read_far
-from ..core.run import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -57,25 +57,30 @@ def find_images(root: str | Path, extensions: Iterable[str] = EXTENSIONS) -> lis
     root, wanted = root if is_url(root) else Path(root), _endings(extensions)
     if not is_url(root) and not root.is_dir():
         raise InputError(f"no such folder: {root}", expected="a folder of images", fix="check the path")
-    paths, others, resolved, links, left_out = [], Counter(), os.path.realpath(root), None, {}
+    paths, others, resolved, sets, left_out = [], Counter(), os.path.realpath(root), {}, {}
     for path, relative, ending in _files(root):
         if ending not in wanted:
             others[ending or "no ending"] += 1
             continue
         if os.path.islink(path) and not Path(target := os.path.realpath(path)).is_relative_to(resolved):
-            links = _links_of_a_set(root) if links is None else links
-            if links.get(relative) != target:
-                left_out.setdefault("a link out of the folder", []).append(relative)
+            folder, name = os.path.split(path)
+            if folder not in sets:
+                sets[folder] = link_targets(folder)
+            if sets[folder].get(name) != target:
+                made_from = linked_folders(folder)
+                why = f"a link out of {' and '.join(made_from)}, which the set was made from" if made_from else ""
+                left_out.setdefault(why or "a link out of the folder", []).append(relative)
                 continue
         if relative.encode("utf-8", "replace").decode() == relative:  # else os.walk could not decode it
             paths.append(relative)
         else:
             left_out.setdefault("not UTF-8, to be renamed", []).append(ascii(relative))
     for why, names in left_out.items():
-        _warn_once(f"{root}: left out {', '.join(names[:3])}{', ...' * (len(names) > 3)} ({len(names)}): {why}")
+        _warn_once(f"{root}: left out {', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)} ({len(names)}): {why}")
     if not paths:
         there = name_counts(dict(list(_by_count(others).items())[:5]))
-        there = there or ", ".join(f"{len(names)} left out ({why})" for why, names in left_out.items())
+        if left_out:
+            there = ", ".join(f"{len(names)} left out ({why})" for why, names in left_out.items())
         what = f"no image under {root} with these extensions: {', '.join(sorted(wanted))}"
         raise InputError(what, fix=f"it holds {there}" if there else "it holds no files")
     if counts := _pictures(others):
@@ -129,17 +134,6 @@ def _files(root: str | Path) -> Iterator[tuple[str, str, str]]:
             if not name.startswith("."):
                 relative = f"{below}/{name}" if below else name
                 yield os.path.join(folder, name), relative, os.path.splitext(name)[1].lower()
-
-
-def _links_of_a_set(root: Path) -> dict[str, str]:
-    """Where the images of a set that `prepare` has written lead to: files below its source folder, by name."""
-    try:
-        analysis = read_json(root / "calibration_analysis.json")
-        source = os.path.realpath(analysis["parameters"]["source_dir"])
-        paths = {image["name"]: os.path.realpath(os.path.join(source, image["path"])) for image in analysis["images"]}
-    except (InputError, OSError, KeyError, TypeError, ValueError):
-        return {}
-    return {name: path for name, path in paths.items() if Path(path).is_relative_to(source)}
 
 
 def _left_out(e: OSError) -> None:
@@ -357,8 +351,7 @@ def decode_bytes(data: bytes, name: str | Path, *, max_megapixels: float = 64) -
         return _decode_jpeg(name, data, max_megapixels)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(name, data, max_megapixels)
-        data = plain_png(data)
-    return _decode_other(name, data, max_megapixels)
+    return _decode_other(name, plain_png(data), max_megapixels)
 
 
 def _decode_jpeg(path, data: bytes, max_megapixels: float) -> np.ndarray:
@@ -413,34 +406,6 @@ def _check_size(path, width: int, height: int, max_megapixels: float) -> None:
         raise ImageError(what, reason="too_large", expected=expected, fix="cut it into parts, or remove it")
     if width * height > max_megapixels * 1e6:
         raise _too_large(path, f"{width} x {height} pixels", max_megapixels)
-
-
-_REMARKS = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"bKGD", b"sBIT", b"hIST", b"pHYs", b"sPLT", b"tIME")
-
-
-def plain_png(data: bytes) -> bytes:
-    """A PNG file without remarks: colour profile, texts, background, sizes in print.
-
-    They change no pixel that OpenCV reads, and libpng writes to standard error about those that are not as they should
-    be, past every log.
-
-    Args:
-        data: All bytes of a PNG file.
-
-    Returns:
-        The same bytes where there is nothing to leave out.
-
-    Source: PNG specification, "Chunk layout".
-    """
-    parts, at, start = [], 8, 0
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if kind in _REMARKS:
-            parts.append(data[start:at])
-            start = end
-        at = end
-    return b"".join([*parts, data[start:]]) if parts else data
 
 
 def _check_png(path, data: bytes, max_megapixels: float) -> None:

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..core.errors import ConfigError, InputError, require_known
+from ..core.errors import ConfigError, InputError, counted, require_known
 from ..core.run import contained, read_json, write_json
 from ..data.images import EXTENSIONS, find_images
 from ..data.operations import MOST_MEGAPIXELS, Operation, Resize, explain
@@ -304,7 +304,7 @@ def load_config(path: str | Path | CompilerConfig) -> CompilerConfig:
         return CompilerConfig.model_validate(raw)
     except ValidationError as e:
         faults = [f"{f.where}: {f.what}" + (f" ({f.fix})" if f.fix else "") for f in explain(e, CompilerConfig)]
-        what = f"{path} has {len(faults)} fault{'s' * (len(faults) > 1)}: "
+        what = f"{path} has {counted(len(faults), 'fault')}: "
         raise ConfigError(what + " | ".join(faults)) from e
 
 
@@ -375,7 +375,11 @@ def config_images(
     exact = [folder / name for name in names if name.rsplit(".", 1)[-1] in extensions]
     if data_root is not None:  # the links of a set may lead elsewhere
         inside = Path(data_root).resolve()
-        exact = [path for path in exact if not path.is_symlink() or path.resolve().is_relative_to(inside)]
+        links, exact = exact, [p for p in exact if not p.is_symlink() or p.resolve().is_relative_to(inside)]
+        if links and not exact:
+            what = f"'{config.default_loader.dataset_path}' holds {len(links)} links, and all lead out of {data_root}"
+            fix = "prepare the set with --link copy, or name a --data-root that also holds what it was made from"
+            raise ConfigError(what, expected="images inside it", fix=fix)
     if not exact:
         dotted = any(e.startswith(".") for e in extensions)
         hint = f"write them as the files do, such as '{names[0].rsplit('.', 1)[-1]}'"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import CalibError, CheckFailed, ConfigError, ModelError, shorten
+from ..core.errors import CalibError, CheckFailed, ConfigError, ModelError, counted, shorten
 from ..data.images import find_images, name_counts
 from ..graph.contract import ModelContract, single_input
 from .config import DX_COM_METHODS, CompilerConfig, check_method, config_images, dataset_folder, read_target
@@ -63,7 +63,7 @@ def refuse_errors(findings: list[Finding]) -> list[Finding]:
     errors = [f for f in findings if f.level == "error"]
     if errors:
         raise CheckFailed(
-            f"the config has {len(errors)} error{'s' * (len(errors) > 1)}: " + " | ".join(map(str, errors)),
+            f"the config has {counted(len(errors), 'error')}: " + " | ".join(map(str, errors)),
             fix="correct them, or see: calib-nb verify --config FILE",
         )
     return findings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import InputError, require_known
+from ..core.errors import InputError, counted, require_known
 from ..data.images import decode
 from ..data.preprocess import PRESETS, Preprocess
 from ..graph.contract import ModelContract, open_session, read_contract, single_input
@@ -180,9 +180,7 @@ class InputProposal:
 
     def __str__(self) -> str:
         size = f"{self.size[0]}x{self.size[1]}" if self.size else "an open size"
-        lines = [
-            f"input {self.name}: {size}, {self.layout.upper()}, {self.channels} channel{'s' * (self.channels > 1)}"
-        ]
+        lines = [f"input {self.name}: {size}, {self.layout.upper()}, {counted(self.channels, 'channel')}"]
         lines += list(self.evidence)
         if not self.color:
             lines.append("the order of colours cannot be told from the file")

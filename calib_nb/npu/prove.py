@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, require_known
+from ..core.errors import InputError, counted, require_known
 from ..core.page import heading, html_figure, html_list, html_page, html_table
 from ..data.images import decode, find_images
 from ..data.preprocess import Preprocess
@@ -82,9 +82,8 @@ class Proof:
     price: pd.DataFrame | None = None
 
     def __str__(self) -> str:
-        count = f"{int((~self.table.probe).sum())} images" + (
-            f" and {n} probes" if (n := int(self.table.probe.sum())) else ""
-        )
+        count = counted(int((~self.table.probe).sum()), "image")
+        count += f" and {counted(n, 'probe')}" if (n := int(self.table.probe.sum())) else ""
         if self.equal:
             lines = [f"equal: the deployment makes the config's tensors on {count}"]
         else:
