@@ -289,7 +289,7 @@ def test_layers(chromium, lab, home):
         "d => document.querySelectorAll('.calib-figure path')[1].getAttribute('d') !== d", arg=before
     )
     page.locator(".calib-table th", has_text="SQNR").click()
-    numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(6)").all_inner_texts()]
+    numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(5)").all_inner_texts()]
     assert numbers == sorted(numbers)
     times = {"echo": lab.echo()}
     handle = page.locator(".calib-handle").nth(1)
@@ -302,8 +302,9 @@ def test_layers(chromium, lab, home):
     page.mouse.move(box["x"] - 200, box["y"] + 20, steps=12)
     page.mouse.up()
     page.wait_for_selector(".calib-table td:text-is('hand')")
+    assert page.locator(".calib-table td:text-is('hand')").count() == 1  # the layer that was dragged, and no other
     page.get_by_role("button", name="quantize again").first.click()
-    page.wait_for_selector("td:has-text('1 by hand')")
+    page.wait_for_selector(".widget-html td:has-text('1 by hand')")
     page.get_by_role("button", name="quantize again").first.wait_for()
     lab.show(".jp-OutputArea-output:has(.calib-table)", "layers")
     record("layers", **times)

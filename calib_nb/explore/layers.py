@@ -232,7 +232,6 @@ def requantize(
 # %% ../../nbs/explore/05_layers.ipynb #cell-27
 _COLUMNS = [
     {"key": "layer", "label": "layer", "left": True},
-    {"key": "op", "label": "op", "left": True},
     {"key": "low", "label": "low", "digits": 2},
     {"key": "high", "label": "high", "digits": 2},
     {"key": "clipped", "label": "clipped %", "digits": 2, "about": "share of the values outside the range"},
@@ -363,7 +362,9 @@ def _explorer() -> type:
             self.reading.value = text + f"{row.clipped:.3f} % clipped, SQNR <b>{row.sqnr_db:.1f} dB</b>"
 
         def _drag(self, span):
-            if self.quiet:
+            # The browser rounds a value to a step and sends it back: no hand did that.
+            near = np.abs(np.array(span) - self.chosen.loc[self.tensor].to_numpy()).max() < 0.75 * self.range.step
+            if self.quiet or near:
                 return
             self.by_hand[self.tensor] = tuple(span)
             self.chosen.loc[self.tensor] = list(span)

@@ -176,7 +176,7 @@ def bracket_svg(
         a, b, y = *axis.at_x([low, high]), 18 + 26 * k
         ends_of = f"M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10M{a:.1f} {y}H{b:.1f}"
         parts.append(f'<path d="{ends_of}" stroke="{color}" stroke-width="3" fill="none"/>')
-        parts.append(_text(58, y + 4, name, "end"))
+        parts.append(_text(61, y + 4, name, "end"))
         parts.append(_text(min(b, width - 14), y - 8, note, "end"))
     return _svg(width, 8 + 26 * len(rows), "".join(parts), alt)
 
