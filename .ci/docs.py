@@ -50,6 +50,8 @@ def page_of(path: Path) -> dict:
                 cell["metadata"]["tags"] = ["remove-input"]
             for output in cell["outputs"]:  # pandas names its tables twice; the plain one is for terminals
                 output.get("metadata", {}).clear()
+                for kind in {"text/markdown", "text/html"} & set(output.get("data", {})):
+                    output["data"][kind] = pictured("".join(output["data"][kind]), path)
         else:
             source = re.sub(r"\]\(((?:\.\./)*)index\.ipynb", r"](\1../index.md", linked(source, path))
         cells.append(cell | {"source": source})
@@ -74,6 +76,17 @@ def linked(text: str, path: Path) -> str:
         return found[0] if re.match(r"\w+:|#", found[2]) or inside else found[1]
 
     return re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^()\s]+)\)", link, text)
+
+
+def pictured(text: str, path: Path) -> str:
+    """An output without pictures that lay beside it when the notebook ran, and lie there no more: their names stay."""
+
+    def picture(found: re.Match) -> str:
+        there = re.match(r"\w+:", found[2]) or (path.parent / found[2]).exists()
+        return found[0] if there else f"({found[1] or found[2]})"
+
+    text = re.sub(r"!\[([^\]]*)\]\(([^()\s]+)\)", picture, text)
+    return re.sub(r"<img()[^>]*\bsrc=\"([^\"]+)\"[^>]*>", picture, text)
 
 
 def toctree(caption: str, entries: list[str], depth: int = 1, hidden: bool = True) -> str:
