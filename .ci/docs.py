@@ -85,7 +85,7 @@ def pictured(text: str, path: Path) -> str:
         there = re.match(r"\w+:", found[2]) or (path.parent / found[2]).exists()
         return found[0] if there else f"({found[1] or found[2]})"
 
-    text = re.sub(r"!\[([^\]]*)\]\(([^()\s]+)\)", picture, text)
+    text = re.sub(r"!?\[([^\]]*)\]\(([^()\s]+)\)", picture, text)
     return re.sub(r"<img()[^>]*\bsrc=\"([^\"]+)\"[^>]*>", picture, text)
 
 
