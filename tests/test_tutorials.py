@@ -8,7 +8,7 @@ import pytest
 from test_notebooks import execute
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "nbs" / "tutorials"
-QUICK = {"yunet-dx-m1", "depth-ncdb"}
+QUICK = {"yunet-dx-m1"}
 BOOKS = [
     pytest.param(p, id=p.stem, marks=() if p.stem in QUICK else pytest.mark.slow)
     for p in sorted(TUTORIALS.glob("*.ipynb"))
