@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from .report_parts import counted, show_gallery
-from ..core.errors import ImageError, InputError
+from .report_parts import show_gallery
+from ..core.errors import ImageError, InputError, counted
 from ..core.figures import show_figure
 from ..core.run import private_folder
 from ..data.audit import Audit, audit_folder

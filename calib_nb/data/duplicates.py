@@ -52,8 +52,8 @@ def hash_images(
 
     words.lost, words.ahead = lambda path: None, functools.partial(begin_reads, source_dir)  # see core.cluster
     bar = {"desc": "hash", "total": len(paths), "progress": progress}
-    rows = zip(paths, parallel_map(words, reading(source_dir, paths), workers=workers, **bar))
-    hashes = {path: row for path, row in rows if row is not None}
+    rows = zip(parallel_map(words, reading(source_dir, paths), workers=workers, **bar), paths)  # the bar ends so
+    hashes = {path: row for row, path in rows if row is not None}
     table = np.array(list(hashes.values()), np.uint64).reshape(len(hashes), -1)
     return pd.DataFrame(table, index=pd.Index(list(hashes), name="path"))
 
