@@ -42,10 +42,33 @@ EXACT = (
     "tags/07_config.ipynb",
     "index.ipynb",
 )
+# Notebooks of seven seconds and more run among the slow tests; the tests beside them hold the same steps in quick ones.
+LONG = {
+    "01_front_door.ipynb": "test_front_door.py",
+    "02_report.ipynb": "test_reports.py",
+    "03_cli.ipynb": "test_cli.py",
+    "04_batch.ipynb": "test_batch.py",
+    "commands/03_quant.ipynb": "test_cli.py",
+    "commands/04_faces.ipynb": "test_bench.py",
+    "commands/05_depth.ipynb": "test_depth_data.py",
+    "commands/06_depth_model.ipynb": "test_depth_model.py",
+    "commands/07_tags.ipynb": "test_tags_train.py",
+    "core/12_cluster.ipynb": "test_cluster.py",
+    "depth/10_train.ipynb": "test_depth_model.py",
+    "depth/11_unequal.ipynb": "test_depth_ablation.py",
+    "depth/14_ablation.ipynb": "test_depth_ablation.py",
+    "faces/13_edgeface.ipynb": "test_edgeface.py",
+    "faces/18_bench.ipynb": "test_bench.py",
+    "explore/03_images.ipynb": "test_explore.py",
+}
 
 
 def name(path: Path) -> str:
     return path.relative_to(NBS).as_posix()
+
+
+def running(path: Path):
+    return pytest.param(path, marks=pytest.mark.slow) if name(path) in LONG else path
 
 
 def execute(path: Path) -> list[list[str]]:
@@ -64,7 +87,12 @@ def execute(path: Path) -> list[list[str]]:
     return texts
 
 
-@pytest.mark.parametrize("path", [*SOURCES, NBS / "index.ipynb"], ids=name)
+def test_long_notebooks_and_the_quick_tests_of_their_steps_are_there():
+    assert all((NBS / notebook).is_file() for notebook in LONG)
+    assert all(Path(__file__).with_name(test).is_file() for test in LONG.values())
+
+
+@pytest.mark.parametrize("path", map(running, [*SOURCES, NBS / "index.ipynb"]), ids=name)
 def test_notebook_runs(path):
     texts = execute(path)
     if name(path) in EXACT:
