@@ -143,9 +143,13 @@ def test_an_open_batch_gets_its_copy_beside_the_config(place, tmp_path):
     graph = network("s = Sub (x, m); y = Relu (s)", inputs={"x": ("n", 3, 48, 64)}, m=np.float32(0.45))
     (tmp_path / "models").mkdir()
     graph.save(tmp_path / "models" / "open.onnx")
+    network("y = Relu (x)", inputs={"x": (1, 3, 48, 64)}).save(tmp_path / "models" / "shut.onnx")
     line = f"config --model {tmp_path}/models/open.onnx --dataset-path {place}/images --output-path {tmp_path}/c.json"
     refused = shell(f"{line} --calibration-num 3")
-    assert refused.exit_code and not (tmp_path / "c.json").exists()
+    assert f"add --fix-batch, which writes {tmp_path}/open_b1.onnx" in str(refused.exception)
+    assert not (tmp_path / "c.json").exists()
+    for typed, message in (("--input-name z", "'x', not 'z'"), ("--input-size 9 9", "64x48 pixels, not 9x9")):
+        assert message in str(shell(f"{line.replace('open.onnx', 'shut.onnx')} --scale 255 {typed}").exception)
     made = shell(f"{line} --calibration-num 3 --fix-batch")
     assert made.exit_code == 0, made.exception
     assert (tmp_path / "open_b1.onnx").exists() and not (tmp_path / "models" / "open_b1.onnx").exists()
@@ -193,3 +197,82 @@ def test_what_real_models_give_away(real_data):
     assert propose_input(real_data / "models" / "person_mobilenet_v2_0.35_128.onnx", images).likely[0] == "signed"
     depth = propose_input(real_data / "models" / "rtmonodepth_s_m_640x192.onnx")
     assert "wants 0..1" in check_preset("depth", depth)[0].what
+
+
+NETWORKS = {"yolov5_face": "yolov5-face", "yolov8": "yolov8-face", "scrfd": "scrfd", "retinaface": "retinaface"}
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_preset_is_its_detectors_own_preprocessing(method):
+    """Value by value; on other sizes the image lies where the detector puts it when that is the middle."""
+    from calib_nb.data.preprocess import PRESETS, preset
+    from calib_nb.faces.detect import letterbox
+    from calib_nb.faces.detectors import DETECTORS
+
+    own, chain = DETECTORS[method], preset(NETWORKS[method], (64, 64))
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(chain(picture), own.preprocess(picture))
+    assert own.placing.get("fill", 0) == PRESETS[NETWORKS[method]].border
+    if own.placing.get("centred"):
+        wide = np.repeat(rng.integers(0, 256, (40, 1, 3), dtype=np.uint8), 128, axis=1)
+        placed, _ = letterbox(wide, (64, 64), **own.placing)
+        assert np.array_equal(chain(wide), own.preprocess(placed))
+
+
+def test_presets_of_the_detectors_that_make_their_own_tensors(monkeypatch):
+    """What reaches the network of MTCNN, RTMPose and YuNet, on an image of the network's own size."""
+    from types import SimpleNamespace
+
+    from calib_nb.data.preprocess import preset
+    from calib_nb.faces import detect, landmarks, mtcnn
+
+    picture, fed = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8), []
+
+    class Session:
+        """Keeps what it is fed."""
+
+        def __init__(self, outputs):
+            self.outputs = outputs
+
+        def get_inputs(self):
+            return [SimpleNamespace(name="x", shape=[1, 3, 64, 64])]
+
+        def get_outputs(self):
+            return [SimpleNamespace(name=name) for name in self.outputs]
+
+        def run(self, names, feed):
+            fed.append(np.asarray(feed["x"]))
+            raise InterruptedError
+
+    monkeypatch.setattr(landmarks, "open_session", lambda *a: Session(["simcc_x", "simcc_y"]))
+    pose = landmarks.RtmposeFaces("face.onnx", None)
+    monkeypatch.setattr(landmarks, "box_to_input", lambda box, size: np.float32([[1, 0, 0], [0, 1, 0]]))
+    with pytest.raises(InterruptedError):
+        pose.points(picture, np.float32([[0, 0, 64, 64]]))
+    assert np.array_equal(fed.pop(), preset("rtmpose", (64, 64))(picture))
+
+    monkeypatch.setattr(detect, "open_session", lambda *a: Session(detect.YUNET_OUTPUTS))
+    with pytest.raises(InterruptedError):
+        detect.YuNetDetector("yunet.onnx").detect(picture)
+    assert np.array_equal(fed.pop(), preset("yunet", (64, 64))(picture))
+
+    crop = picture[:48, :48]
+    (tensor,) = mtcnn.cut_crops(np.ascontiguousarray(crop[..., ::-1]), np.float64([[0, 0, 47, 47]]), 48)
+    assert np.allclose(tensor, preset("mtcnn")(crop)[0], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_presets_of_fastestdet_and_mediapipe_are_those_of_their_files(real_data):
+    from calib_nb.data.preprocess import PRESETS, preset
+    from calib_nb.npu.input_probe import propose_input
+    from calib_nb.tags.evaluate import open_tagger
+
+    picture = np.random.default_rng(2).integers(0, 256, (352, 352, 3), dtype=np.uint8)
+    file = real_data / "models" / "FastestDet_opset13.onnx"
+    assert np.array_equal(open_tagger(file).preprocess(picture), preset("fastestdet")(picture))
+    assert propose_input(file).preset == "fastestdet"
+    tflite = (real_data / "models" / "mediapipe" / "face_detection_short_range.tflite").read_bytes()
+    at = tflite.index(np.float32(127.5).tobytes())  # the mean, and the deviation, of its metadata
+    assert tflite.count(np.float32(127.5).tobytes()) >= 2 and np.int32([1, 128, 128, 3]).tobytes() in tflite, at
+    assert PRESETS["mediapipe"].size == (128, 128) and preset("mediapipe").value_range() == (-1, 1)

@@ -108,6 +108,10 @@ ARITHMETIC = {
     "retinaface": lambda x: x - [104, 117, 123],
     "yolov5-face": lambda x: x / 255,
     "yolov8-face": lambda x: x / 255,
+    "fastestdet": lambda x: x / 255,
+    "mtcnn": lambda x: (x - 127.5) / 128,
+    "mediapipe": lambda x: x / 127.5 - 1,
+    "rtmpose": lambda x: (x - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375],
     "unit": lambda x: x / 255,
     "signed": lambda x: x / 127.5 - 1,
 }
@@ -129,7 +133,7 @@ def test_presets_against_plain_numpy(photo, name):
     width, height = PRESETS[name].size
     border = PRESETS[name].border
     scaled = cv2.resize(photo, (width, height)) if border is None else boxed(photo, width, border)
-    image = scaled if name in ("yunet", "retinaface") else scaled[..., ::-1]
+    image = scaled if name in ("yunet", "retinaface", "fastestdet") else scaled[..., ::-1]
     imagenet = lambda x: (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]  # noqa: E731
     expected = ARITHMETIC.get(name, imagenet)(image.astype(np.float64))
     out = preset(name)(photo)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .options import words_of
-from ..core.errors import InputError, require_known
+from ..core.errors import InputError, ModelError, require_known
 
 # %% ../../nbs/commands/02_npu.ipynb #cell-7
 app = typer.Typer()
@@ -151,8 +151,8 @@ def config(
     model_type: Annotated[
         str | None,
         typer.Option(
-            help="Preset: yunet, edgeface, resnet-tags, depth, scrfd, retinaface, yolov5-face, yolov8-face, imagenet, "
-            "unit (0..1), signed (-1..1); without one the model itself is asked.",
+            help="Preset: yunet, edgeface, resnet-tags, depth, scrfd, retinaface, yolov5-face, yolov8-face, "
+            "fastestdet, mtcnn, mediapipe, rtmpose, imagenet, unit (0..1), signed (-1..1); else the model is asked.",
             autocompletion=words_of("data.preprocess", "PRESETS"),
         ),
     ] = None,
@@ -185,19 +185,18 @@ def config(
     from calib_nb.npu.config import generate_config, save_config
     from calib_nb.npu.validate import validate
 
-    model = _fixed_copy(model, output_path, input_size) if fix_batch and model is not None else model
+    model = _fixed_copy(model, output_path, input_size, fix_batch) if model is not None else model
     options = {"calibration_num": calibration_num, "calibration_method": calibration_method, "target": target}
     numbers = {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
     answers = input_probe.InputAnswers(color, scale, **numbers, resize=resize, layout=layout)
     findings = []
+    names = {"model": model, "input_name": input_name, "input_size": input_size}
     if model_type is None:
-        settings = _proposed(model, dataset_path, answers, options)
+        settings = _proposed(names, dataset_path, answers, options)
     else:
         if answers != input_probe.InputAnswers():
-            raise InputError(
-                "a preset and single answers", fix="leave --model-type out, or --color, --scale and the like"
-            )
-        names = {"model": model, "input_name": input_name, "input_size": input_size}
+            fix = "leave --model-type out, or --color, --scale and the like"
+            raise InputError("a preset and single answers", fix=fix)
         settings = generate_config(model_type, dataset_path, **names, **options)
         if model is not None:
             findings += input_probe.check_preset(model_type, input_probe.propose_input(model))
@@ -208,14 +207,19 @@ def config(
     typer.echo(f"config: {save_config(settings, output_path)}")
 
 
-def _fixed_copy(model: Path, output_path: Path, size: tuple[int, int] | None) -> Path:
-    """A copy with batch 1 beside the config where the model leaves it open."""
+def _fixed_copy(model: Path, output_path: Path, size: tuple[int, int] | None, wanted: bool) -> Path:
+    """A copy with batch 1 beside the config where the model leaves it open; `ModelError` where none is wanted."""
     from calib_nb.graph import fixed
     from calib_nb.graph.contract import read_contract
 
-    if all(isinstance(side, int) for spec in read_contract(model).inputs for side in spec.shape):
+    is_open = [i for i in read_contract(model).inputs if not all(isinstance(side, int) for side in i.shape)]
+    if not is_open:
         return model
-    copy = fixed.fix_batch(model, output_path.with_name(f"{model.stem}_b1.onnx"), size=size)
+    copy = output_path.with_name(f"{model.stem}_b1.onnx")
+    if not wanted:
+        fix = f"add --fix-batch, which writes {copy}, and --input-size W H where the size is open"
+        raise ModelError(f"{model} leaves open: {is_open[0]}", expected="batch 1 and a fixed size", fix=fix)
+    fixed.fix_batch(model, copy, size=size)
     typer.echo(f"model: {copy}")
     return copy
 
@@ -228,13 +232,15 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise InputError(f"{option} {text}", expected="numbers, as 0.485,0.456,0.406") from e
 
 
-def _proposed(model: Path | None, dataset_path: Path, answers, options: dict):
+def _proposed(names: dict, dataset_path: Path, answers, options: dict):
     """A config without a preset; what the model gives away is said."""
     from calib_nb.data.images import find_images
     from calib_nb.npu import input_probe
+    from calib_nb.npu.config import check_input
 
-    if model is None:
+    if (model := names["model"]) is None:
         raise InputError("neither a preset nor a model", expected="--model-type or --model")
+    check_input(*names.values())
     images = [dataset_path / name for name in find_images(dataset_path)[:8]] if dataset_path.is_dir() else []
     proposal = input_probe.propose_input(model, images if answers.scale is None and answers.mean is None else ())
     typer.echo(proposal)

@@ -367,6 +367,7 @@ class Preset:
 
 
 _IMAGENET = Preprocess().div(255).normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_IMAGENET_255 = Preprocess().normalize([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 PRESETS = {
     "yunet": Preset((320, 320), "BGR", 0, 255, Preprocess()),  # opencv_zoo, YuNet
     "edgeface": Preset((112, 112), "RGB", -1, 1, Preprocess().div(255).normalize([0.5] * 3, [0.5] * 3)),  # ArcFace
@@ -376,6 +377,10 @@ PRESETS = {
     "retinaface": Preset((640, 640), "BGR", -123, 151, Preprocess().normalize([104, 117, 123], [1, 1, 1]), 0),
     "yolov5-face": Preset((640, 640), "RGB", 0, 1, Preprocess().div(255), 114),
     "yolov8-face": Preset((640, 640), "RGB", 0, 1, Preprocess().div(255), 0),
+    "fastestdet": Preset((352, 352), "BGR", 0, 1, Preprocess().div(255)),
+    "mtcnn": Preset((48, 48), "RGB", -127.5 / 128, 127.5 / 128, Preprocess().subtract(127.5).div(128)),  # its O-net
+    "mediapipe": Preset((128, 128), "RGB", -1, 1, Preprocess().subtract(127.5).div(127.5), 0),  # its detector
+    "rtmpose": Preset((256, 256), "RGB", *_IMAGENET_255.value_range(), _IMAGENET_255),
     "imagenet": Preset((224, 224), "RGB", *_IMAGENET.value_range(), _IMAGENET),
     "unit": Preset((224, 224), "RGB", 0, 1, Preprocess().div(255)),  # 0..1
     "signed": Preset((224, 224), "RGB", -1, 1, Preprocess().div(127.5).subtract(1)),  # -1..1

@@ -6,7 +6,7 @@
 __all__ = ['DX_COM_METHODS', 'CALIBRATION_METHODS', 'TARGETS', 'COMPILER_EXTENSIONS', 'Side', 'Text', 'Positive', 'ConfigStep',
            'Share', 'Rate', 'Loader', 'Alpha', 'AlphaBeta', 'Samples', 'EnhancedScheme', 'QMaster', 'Ppu',
            'CompilerConfig', 'read_config_json', 'load_config', 'save_config', 'config_preprocess', 'dataset_folder',
-           'config_images', 'read_target', 'check_method', 'generate_config']
+           'config_images', 'read_target', 'check_method', 'generate_config', 'check_input']
 
 # %% ../../nbs/npu/01_config.ipynb #cell-2
 import os
@@ -30,7 +30,7 @@ from ..core.run import contained, read_json, write_json
 from ..data.images import EXTENSIONS, find_images
 from ..data.operations import MOST_MEGAPIXELS, Operation, Resize, explain
 from ..data.preprocess import PRESETS, Preprocess, parse, preset
-from ..graph.contract import read_contract, single_input
+from ..graph.contract import TensorSpec, read_contract, single_input
 from ..graph.fixed import require_runs
 
 # %% ../../nbs/npu/01_config.ipynb #cell-9
@@ -486,8 +486,21 @@ def generate_config(
         raise ConfigError(faults, fix="correct the option") from e
 
 
-def _model_input(model: str | Path, name: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
-    """Name and (width, height) of a float model's only input; `ConfigError` when what was typed differs."""
+def check_input(model: str | Path, name: str | None, size: tuple[int, int] | None) -> TensorSpec:
+    """Hold what was typed of a model's input against the model.
+
+    Args:
+        model: Float ONNX file of one input.
+        name: Name that was typed; None for any.
+        size: Width and height that were typed; None for any.
+
+    Returns:
+        The input.
+
+    Raises:
+        ConfigError: They differ, or the model is quantized.
+        ModelError: No compiler takes the file.
+    """
     contract = read_contract(model)
     spec = single_input(contract)
     if contract.quantized:
@@ -496,12 +509,18 @@ def _model_input(model: str | Path, name: str | None, size: tuple[int, int] | No
     if name not in (None, spec.name):
         fix = f"--input-name {spec.name}, or leave it out"
         raise ConfigError(f"the input of {model} is '{spec.name}', not '{name}'", fix=fix)
-    if spec.shape[1] != 3:
-        fix = "the presets make colour tensors; write the config by hand"
-        raise ConfigError(f"{model} takes {list(spec.shape)}", expected="3 channels, [1, 3, H, W]", fix=fix)
-    _, _, height, width = spec.shape
+    height, width = spec.shape[1:3] if spec.shape[3] in (1, 3) and spec.shape[1] not in (1, 3) else spec.shape[2:]
     if size is not None and tuple(size) != (width, height):
         what = f"{model} takes {width}x{height} pixels, not {size[0]}x{size[1]}"
         raise ConfigError(what, fix="leave --input-size out")
+    return spec
+
+
+def _model_input(model: str | Path, name: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
+    """Name and (width, height) of a float model's only input of colours."""
+    spec = check_input(model, name, size)
+    if spec.shape[1] != 3:
+        fix = "the presets make colour tensors; leave --model-type out"
+        raise ConfigError(f"{model} takes {list(spec.shape)}", expected="3 channels, [1, 3, H, W]", fix=fix)
     require_runs(model)
-    return spec.name, (width, height)
+    return spec.name, spec.shape[:1:-1]

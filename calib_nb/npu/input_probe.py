@@ -29,6 +29,10 @@ SIGNATURES = {
     "retinaface": lambda c, n, s: sorted(x[-1] for x in s) == [2, 4, 10] and len({x[1] for x in s}) == 1,
     "yolov5-face": lambda c, n, s: len(s) == 3 and all(len(x) == 4 and x[1] == 48 for x in s),
     "yolov8-face": lambda c, n, s: len(s) == 3 and all(len(x) == 4 and x[1] == 80 for x in s),
+    "fastestdet": lambda c, n, s: (
+        [x[1:2] for x in s] == [(85,)] and [16 * x for x in s[0][2:]] == list(c.inputs[0].shape[2:])
+    ),
+    "rtmpose": lambda c, n, s: sorted(n) == ["simcc_x", "simcc_y"],
 }
 
 
@@ -41,7 +45,7 @@ def known_model(contract: ModelContract) -> str:
     Returns:
         A key of `PRESETS`.
 
-    Source: opencv_zoo's YuNet; InsightFace's SCRFD; RetinaFace; yolov5-face; yolov8-face.
+    Source: opencv_zoo's YuNet; InsightFace's SCRFD; RetinaFace; yolov5-face; yolov8-face; FastestDet; MMPose's RTMPose.
     """
     if kind := recognise(contract):
         return kind
