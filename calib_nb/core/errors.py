@@ -90,6 +90,9 @@ EXTRA_OF = {  # top-level module: the extra of calib-nb that installs it
     "mediapipe": "mediapipe",
     "distributed": "cluster",
     "dask": "cluster",
+    "fsspec": "remote",
+    "s3fs": "remote",
+    "aiohttp": "remote",
     "ipywidgets": "lab",
     "jupyterlab": "lab",
 }
