@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import CompareOptions, audit, compare, coverage, diagnose, export_ranges, harden, quantize
+    from .api import CompareOptions, audit, compare, coverage, diagnose, export_ranges, harden, judge, quantize
     from .data.dataset import prepare
     from .data.preprocess import preset
     from .data.score import score_folder
@@ -39,6 +39,7 @@ _HOMES = {
     "diagnose": "api",
     "harden": "api",
     "export_ranges": "api",
+    "judge": "api",
     "compile_model": "npu.compile",
     "run_report": "report",
     "demo_steps": "demo",
@@ -57,6 +58,7 @@ __all__ = [
     "fix_batch",
     "generate_config",
     "harden",
+    "judge",
     "load_config",
     "prepare",
     "preset",

@@ -18,6 +18,7 @@ import typer
 import calib_nb
 import calib_nb.commands.android
 import calib_nb.commands.audit
+import calib_nb.commands.compare
 import calib_nb.commands.depth
 import calib_nb.commands.depth_model
 import calib_nb.commands.doctor
@@ -166,6 +167,7 @@ _parts = (
     calib_nb.commands.audit.app,
     calib_nb.commands.proof.app,
     calib_nb.commands.quant.app,
+    calib_nb.commands.compare.app,
     _own,
     calib_nb.commands.doctor.app,
 )

@@ -176,27 +176,27 @@ QUANTIZERS = {
     "aimet": quantize_aimet,
     "modelopt": quantize_modelopt,
 }
-PACKAGES = {  # toolchain: its package on PyPI, and what it is installed with
-    "ort": ("onnxruntime", "onnx"),
-    "nncf": ("nncf", "onnx", "onnxruntime"),
-    "openvino": ("openvino", "nncf", "onnx"),
-    "quark": ("amd-quark", "onnx", "onnxruntime"),
-    "aimet": ("aimet-onnx", "onnx", "onnxruntime"),
-    "modelopt": ("nvidia-modelopt", "onnx", "onnxruntime"),
+PACKAGES = {  # toolchain: its package on PyPI
+    "ort": "onnxruntime",
+    "nncf": "nncf",
+    "openvino": "openvino",
+    "quark": "amd-quark",
+    "aimet": "aimet-onnx",
+    "modelopt": "nvidia-modelopt",
 }
 
 
 def installed_version(toolchain: str) -> str:
-    """Version of a toolchain's package in this environment; "" where a package is missing; "own" for a file.
+    """Version of a toolchain's package in this environment; "" where it is missing; "own" for a Python file.
 
     Args:
         toolchain: A name in `QUANTIZERS`, or the path of a Python file.
     """
+    package = PACKAGES.get(toolchain.split(":")[0])
     try:
-        found = [importlib.metadata.version(p) for p in PACKAGES.get(toolchain.split(":")[0], ())]
+        return importlib.metadata.version(package) if package else "own"
     except importlib.metadata.PackageNotFoundError:
         return ""
-    return found[0] if found else "own"
 
 
 def quantizer(toolchain: str):

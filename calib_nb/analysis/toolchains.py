@@ -32,8 +32,13 @@ from ..graph.contract import open_session
 from ..quant.quantize import with_settings
 
 # %% ../../nbs/analysis/13_toolchains.ipynb #cell-7
-TRIED = {  # what each toolchain was last run with here
+TRIED = {  # toolchain: what it was run with, all on Python 3.11
     "ort": "onnxruntime==1.31.1 onnx==1.23.2",
+    "nncf": "nncf==3.4.0 onnx==1.23.2 onnxruntime==1.32.0",
+    "openvino": "openvino==2026.4.1 nncf==3.4.0",
+    "quark": "amd-quark==0.13 onnx==1.22.0 onnxruntime==1.32.0 torch==2.13.0",
+    "aimet": "aimet-onnx==2.42.0 onnx==1.23.2 onnxruntime==1.32.0 torch==2.13.0",
+    "modelopt": "'nvidia-modelopt[onnx]==0.47.0' torch==2.13.0",
 }
 
 
@@ -48,6 +53,8 @@ class ToolchainOptions:
         resamples: Resamples of the paired bootstrap.
         seed: Of these.
         folder: Where runs are kept; None for the cache.
+        budget: Largest acceptable drop of the task's metric; None where there is none.
+        num_samples: Images to score at most where there are no labels.
         progress: Whether to show progress bars.
     """
 
@@ -57,6 +64,8 @@ class ToolchainOptions:
     resamples: int = 1000
     seed: int = 42
     folder: str | Path | None = None
+    budget: float | None = None
+    num_samples: int = 200
     progress: bool = True
 
 
@@ -108,8 +117,9 @@ def python_of(toolchain: str, environments: Mapping[str, str | Path]) -> Path:
 def how_to_install(toolchain: str) -> str:
     """The lines that make an environment for a toolchain, as one text."""
     name = toolchain.split(":")[0]
-    packages = TRIED.get(name) or " ".join(PACKAGES[name])
-    return f"python -m venv {name}-env; {name}-env/bin/pip install {packages}; --toolchain-env {name}={name}-env"
+    packages = TRIED[name]
+    make = f"python -m venv {name}-env && {name}-env/bin/pip install {packages}"
+    return f"to make an environment: {make}; then: --toolchain-env {name}={name}-env"
 
 # %% ../../nbs/analysis/13_toolchains.ipynb #cell-10
 _SCRIPT = Path(toolchain_scripts.__file__)
@@ -207,7 +217,12 @@ def run_toolchain(
         absolute = {k: os.path.abspath(v) if k != "toolchain" or v.endswith(".py") else v for k, v in names.items()}
         job.write_text(json.dumps(absolute | {"folder": str(folder)}))
         python = python_of(toolchain, options.environments)
-        run_script(python, ["run", str(job)], timeout=options.timeout, threads=options.threads)
+        try:
+            run_script(python, ["run", str(job)], timeout=options.timeout, threads=options.threads)
+        except CheckFailed as e:
+            if not e.what.startswith("ModuleNotFoundError") or toolchain.endswith(".py"):
+                raise
+            raise CheckFailed(e.what, fix=how_to_install(toolchain)) from e
 
     place = {} if options.folder is None else {"folder": Path(options.folder) / cache_key(settings)}
     return read_run(cached("toolchains", settings, make, probe="result.json", **place))
@@ -286,8 +301,6 @@ def judge_toolchains(
     task: Task,
     toolchains: Sequence[str] = ("ort",),
     options: ToolchainOptions | None = None,
-    *,
-    budget: float | None = None,
     **settings,
 ) -> ToolchainTable:
     """Hand float files to toolchains' defaults and score what comes back.
@@ -298,7 +311,6 @@ def judge_toolchains(
         task: Samples, preprocessing and metrics.
         toolchains: Names in `QUANTIZERS`, or Python files of your own.
         options: Environments, time, threads and what else is rarely changed.
-        budget: Largest acceptable drop of the primary metric.
         **settings: Single fields of `ToolchainOptions` instead.
 
     Returns:
@@ -321,7 +333,7 @@ def judge_toolchains(
         drop = paired_bootstrap(task, next(iter(units.values())), units[toolchain, file], **known)
         db, metric = output_db(reference, outputs), task.metrics(units[toolchain, file])[task.primary]
         row = dict(zip(_COLUMNS, (toolchain, version, file, metric, drop.value, drop.low, drop.high)))
-        rows.append(row | {"verdict": verdict(drop, budget, db), "sqnr_db": db} | facts)
+        rows.append(row | {"verdict": verdict(drop, options.budget, db), "sqnr_db": db} | facts)
 
     for file, path in files.items():
         session = open_session(path, options.threads)
