@@ -21,6 +21,8 @@ EXTRAS = {  # extra: what it is for
     "executorch": "programs for phones (.pte)",
     "mediapipe": "MediaPipe's face detectors",
     "cluster": "--cluster: many machines",
+    "remote": "images in object stores and on web servers",
+    "toolchains": "compare --toolchain: NNCF and OpenVINO as judges",
     "lab": "JupyterLab and the explorers",
     "docs": "make docs",
     "dev": "make test, make export",
