@@ -22,7 +22,6 @@ from calib_nb.core.errors import InputError  # noqa: E402
 from calib_nb.core.merge import map_and_merge  # noqa: E402
 from calib_nb.core.parallel import parallel_map  # noqa: E402
 from calib_nb.data import score  # noqa: E402
-from calib_nb.data.audit import audit_folder  # noqa: E402
 from calib_nb.data.duplicates import hash_images  # noqa: E402
 from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw  # noqa: E402
 from calib_nb.faces.detectors import FaceDetector  # noqa: E402
@@ -343,52 +342,3 @@ def test_a_worker_that_joins_late_gets_work():
 def where_it_ran(x: int) -> int:
     time.sleep(0.05)
     return os.getpid()
-
-
-MAPPED = {  # every function that a command maps, on a folder of images: it may run twice, so it must write nothing
-    "score": lambda folder: score.score_folder(folder, progress=False),
-    "hash": lambda folder: hash_images(folder, [p.name for p in folder.iterdir()], progress=False),
-    "audit": lambda folder: audit_folder(folder, progress=False),
-    "embed": lambda folder: embed_photos(
-        FaceDetector("yunet", model=demo_detector()),
-        folder,
-        sorted(p.name for p in folder.glob("*.jpg")),
-        {"demo": Embedder(demo_embedder())},
-        progress=False,
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MAPPED)
-def test_mapped_functions_write_nothing(name, photos, monkeypatch, tmp_path):
-    few = tmp_path / "few"
-    few.mkdir()
-    for path in sorted(photos.glob("0[0-4].jpg")):
-        (few / path.name).write_bytes(path.read_bytes())
-    MAPPED[name](few)  # what is opened or compiled once
-    written, at_work = [], threading.local()
-
-    def noted(event, arguments):
-        if event == "open" and getattr(at_work, "now", False) and isinstance(arguments[1], str):
-            if set(arguments[1]) & set("wax+") and arguments[0] != os.devnull:
-                written.append(arguments[0])
-        elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate") and getattr(at_work, "now", 0):
-            written.append(arguments[0])
-
-    from calib_nb.core import parallel
-
-    run_batch = parallel.run_batch
-
-    def watched(*arguments):
-        at_work.now = True
-        try:
-            return run_batch(*arguments)
-        finally:
-            at_work.now = False
-
-    monkeypatch.setattr(parallel, "run_batch", watched)
-    sys.addaudithook(noted)  # stays, and is silent outside of a batch
-    before = {p: p.read_bytes() for p in few.rglob("*")}
-    MAPPED[name](few)
-    assert written == [] and {p: p.read_bytes() for p in few.rglob("*")} == before

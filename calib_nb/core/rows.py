@@ -217,7 +217,8 @@ class _Column:
 
     def array(self):
         if isinstance(self.values, array):
-            return np.frombuffer(self.values, np.int64 if self.values.typecode == "q" else np.float64)
+            integers = len(self.values) and self.values.typecode == "q"
+            return np.frombuffer(self.values, np.int64 if integers else np.float64)
         return self.values
 
 

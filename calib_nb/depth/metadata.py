@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.errors import ImageError, InputError
 from ..core.parallel import parallel_map
+from ..core.rows import table_of
 from ..core.run import atomic_file, versions
 from ..data.bins import require_columns
 from ..data.images import read_image_bytes
@@ -229,31 +230,24 @@ def metadata(
     split = read_split(root / split_file)
     if not len(split.entries) + len(split.rejected):
         raise InputError(f"{root / split_file} lists nothing", expected="at least one entry")
-    rows = list(
-        parallel_map(
-            functools.partial(measure_sample, str(root), names, scale, thresholds),
-            list(split.entries.itertuples(index=False, name=None)),
-            workers=workers,
-            desc="metadata",
-            unit="frame",
-            progress=progress,
-            journal=journal,
-            key=functools.partial(_entry_key, root, names),
-            signature=""
-            if journal is None
-            else json.dumps(
-                [str(root.resolve()), names, scale, thresholds, versions("calib-nb", "numpy", "opencv-python")]
-            ),
-        )
+    packages = versions("calib-nb", "numpy", "opencv-python")
+    rows = parallel_map(
+        functools.partial(measure_sample, str(root), names, scale, thresholds),
+        split.entries.itertuples(index=False, name=None),
+        total=len(split.entries),
+        workers=workers,
+        desc="metadata",
+        unit="frame",
+        progress=progress,
+        journal=journal,
+        key=functools.partial(_entry_key, root, names),
+        signature="" if journal is None else json.dumps([str(root.resolve()), names, scale, thresholds, packages]),
     )
-    measured = pd.DataFrame(rows, index=split.entries.index).reindex(
-        columns=[*METADATA_COLUMNS, "scale", "reason", "detail"]
-    )
-    usable = measured["reason"].isna()
-    table = measured[usable].reset_index(drop=True)
-    rejected = pd.concat(
-        [split.rejected, split.entries.join(measured.loc[~usable, ["reason", "detail"]], how="right")]
-    ).sort_index()
+    table = table_of(rows, [*METADATA_COLUMNS, "scale", "reason", "detail"]).set_axis(split.entries.index)
+    usable = table["reason"].isna()
+    why = table.loc[~usable, ["reason", "detail"]]
+    rejected = pd.concat([split.rejected, split.entries.join(why, how="right")]).sort_index()
+    table = (table if usable.all() else table[usable]).drop(columns=list(why)).reset_index(drop=True)
     common = table["scale"].mode()
     doubtful = (
         table.loc[table["scale"] != common[0], ["dataset_root", "filename", "scale", "max_depth"]]
