@@ -14,6 +14,7 @@ from calib_nb.core.errors import InputError
 from calib_nb.data.images import find_images
 from calib_nb.data.preprocess import preset
 from calib_nb.graph.fixed import fix_batch
+from calib_nb.quant.coverage import CoverOptions, choose_cover
 from calib_nb.quant.kernels import entropy_threshold
 from calib_nb.quant.observe import network_input, observe
 from calib_nb.quant.ranges import (
@@ -32,7 +33,7 @@ from calib_nb.quant.ranges import (
 )
 from calib_nb.quant.stability import (
     activation_coverage,
-    covering_images,
+    advise_images,
     recommended_images,
     resampled_ranges,
     stability_table,
@@ -284,19 +285,19 @@ def test_stability_finds_the_tensor_that_hangs_on_few_images():
     assert (table.width_low <= table.width_high).all()
 
 
-@given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=15, derandomize=True)
-def test_greedy_cover_is_never_far_from_the_best_pair(seed):
-    rng = np.random.default_rng(seed)
-    stats = pool(
-        [rng.normal(0, 1, 5) for _ in range(8)],
-        y=[np.float32(rng.normal(0, 1, 3)) for _ in range(8)],
-        z=[np.float32(rng.normal(3, 1, 1)) for _ in range(8)],
-    )
-    best = max(activation_coverage(stats, [a, b]) for a in stats.images for b in stats.images)
-    assert activation_coverage(stats, covering_images(stats, 2)) >= 0.63 * best
-    order = covering_images(stats, 8)
-    assert sorted(order) == list(stats.images) and activation_coverage(stats, order) == pytest.approx(1)
+def test_the_number_of_images_that_is_enough():
+    """Alike images: one. A tenth that matters: as many as it takes to meet one of them, or too small a pool to tell."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, 200)
+    alike, rare = pool([values] * 20), pool([values * (20 if i % 10 == 0 else 1) for i in range(100)])
+    assert advise_images(alike, "ema").images == advise_images(alike).images == 1
+    advice = advise_images(rare)
+    assert 10 <= advice.typical <= advice.images and advice.table.loss_db.iloc[0] > 6
+    assert advise_images(rare, seed=3).images == advise_images(rare, seed=3).images
+    few = pool([rng.normal(0, 4.0**i, 200) for i in range(8)])
+    assert advise_images(few).images is None
+    with pytest.raises(InputError, match="3 images, 20 draws"):
+        advise_images(pool([np.ones(3)] * 3))
 
 
 # --- a real model
@@ -378,7 +379,7 @@ def test_onnx_runtimes_entropy_is_the_full_range_where_ours_searches(edgeface, t
 
 
 def test_chosen_images_beat_random_ones_on_a_real_model(edgeface):
-    stats, order = edgeface[3], covering_images(edgeface[3], 8)
+    stats, order = edgeface[3], choose_cover(edgeface[3], 8, options=CoverOptions(ranges=1, fence=1e9))
     for size in (1, 2, 4, 8):
         greedy = activation_coverage(stats, order[:size])
         draws = [np.random.default_rng(seed).choice(stats.images, size, replace=False) for seed in range(20)]

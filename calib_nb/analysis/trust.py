@@ -25,7 +25,7 @@ from ..npu.config import CompilerConfig
 from ..npu.prove import Proof, prove
 from ..quant.observe import observe
 from ..quant.ranges import RANGE_METHODS
-from ..quant.stability import activation_coverage, plot_stability, recommended_images, stability_table
+from ..quant.stability import Advice, activation_coverage, advise_images, plot_advice
 from ..quant.stats import ActivationStats
 
 # %% ../../nbs/analysis/11_trust.ipynb #cell-8
@@ -38,9 +38,7 @@ class Trust:
         proof: Whether the deployment makes the tensors of the preprocessing; None without a deployment.
         covered: Share of the pool's activation ranges that the set reaches, 0 to 1; NaN without a model.
         random: The same of random sets of that size.
-        sizes: How far ranges drift by number of images, of `stability_table`; None without a model.
-        needed: Images that the method needs; None without a model, or where the pool is too small to tell.
-        method: The range method that `sizes` and `needed` are about.
+        advice: How many images the range method needs, with the interval; None without a model.
         chosen: Number of images of the set.
         files: The images by their name in the audit.
     """
@@ -49,9 +47,7 @@ class Trust:
     proof: Proof | None
     covered: float
     random: np.ndarray
-    sizes: pd.DataFrame | None
-    needed: int | None
-    method: str
+    advice: Advice | None
     chosen: int
     files: dict[str, dict[str, Path]]
 
@@ -132,17 +128,15 @@ def examine_set(
             files["validation"] = _linked(scored, folder / "validation")
         audit = audit_folder(folder / "calibration", folder / "validation" if len(scored) else None, progress=False)
     proof = None if deployed is None else prove(config, deployed, list(chosen), progress=False)
-    covered, random, sizes, needed = np.nan, np.empty(0), None, None
+    covered, random, advice = np.nan, np.empty(0), None
     method = method if method in RANGE_METHODS else "minmax"
     if model is not None:
         both = dict.fromkeys(map(str, [*chosen, *pool]))  # the set is part of its pool
         stats = observe(model, list(both), preprocess, progress=False)
         covered = activation_coverage(stats, [name for name in stats.images if name in set(map(str, chosen))])
         random = random_coverage(stats, len(set(map(str, chosen))), seed=seed)
-        sizes = stability_table(stats, [method], seed=seed)
-        wanted = recommended_images(sizes)[method]
-        needed = None if pd.isna(wanted) else int(wanted)
-    return Trust(audit, proof, covered, random, sizes, needed, method, len(chosen), files)
+        advice = advise_images(stats, method, seed=seed) if len(stats.images) >= 4 else None
+    return Trust(audit, proof, covered, random, advice, len(chosen), files)
 
 # %% ../../nbs/analysis/11_trust.ipynb #cell-13
 _ODD = ("blank", "rotated", "corrupt", "mislabelled")  # an image that teaches the calibrator something wrong
@@ -180,19 +174,21 @@ def trust_table(trust: Trust) -> pd.DataFrame:
     result = "no deployment was named" if same is None else differences or "the same tensors, to the last bit"
     advice = "name what the app does to an image" if same is None else "make both the same; see below"
     row("the app prepares images alike", same, result, advice)
-    if trust.sizes is None:
+    if np.isnan(trust.covered):
         row("it covers the model's activations", None, "no model was given", "give the model")
         row("there are enough images", None, "no model was given", "give the model")
         return pd.DataFrame(rows, columns=["check", "result", "verdict", "what to do"])
     low, middle = np.quantile(trust.random, [0.05, 0.5])
     result = f"{trust.covered:.0%} of the pool's ranges; a random set of that size {middle:.0%} (median)"
     row("it covers the model's activations", bool(trust.covered >= low), result, "choose with strategy coverage")
-    if trust.needed is None:
-        result = f"{trust.chosen:,}; the pool is too small to tell how many {trust.method} needs"
+    if trust.advice is None or trust.advice.images is None:
+        result = f"{trust.chosen:,}; " + (
+            "the pool is too small to tell" if trust.advice is None else str(trust.advice)
+        )
         row("there are enough images", None, result, "collect more images")
     else:
-        result = f"{trust.chosen:,}; {trust.method} needs about {trust.needed:,} of this pool"
-        row("there are enough images", trust.chosen >= trust.needed, result, f"choose {trust.needed:,}")
+        result = f"{trust.chosen:,}; needed by {trust.advice}"
+        row("there are enough images", trust.chosen >= trust.advice.typical, result, f"choose {trust.advice.images:,}")
     return pd.DataFrame(rows, columns=["check", "result", "verdict", "what to do"])
 
 
@@ -230,7 +226,7 @@ _REASONS = {
 
 # %% ../../nbs/analysis/11_trust.ipynb #cell-20
 def plot_trust(trust: Trust, axes=None):
-    """Draw the coverage of the set among random ones, and the drift of ranges over the number of images.
+    """Draw the coverage of the set among random ones, and what fewer images cost.
 
     Args:
         trust: What `examine_set` returned, with a model.
@@ -244,14 +240,15 @@ def plot_trust(trust: Trust, axes=None):
     """
     import matplotlib.pyplot as plt
 
-    if trust.sizes is None:
-        raise InputError("a set that was examined without a model", expected="coverage and drift to draw")
+    if np.isnan(trust.covered):
+        raise InputError("a set that was examined without a model", expected="coverage and noise to draw")
     axes = plt.subplots(1, 2, figsize=(9, 2.7), layout="constrained")[1] if axes is None else axes
     axes[0].hist(100 * trust.random, 12, color="#8f9aa6", label=f"{len(trust.random)} random sets")
     axes[0].axvline(100 * trust.covered, color="#0072B2", lw=2.5, label="this set")
     axes[0].set(xlabel=f"% of the pool's activation ranges, {counted(trust.chosen, 'image')}", ylabel="sets")
     axes[0].legend(frameon=False, fontsize=9)
-    plot_stability(trust.sizes, axes[1])
+    if trust.advice is not None:
+        plot_advice(trust.advice, axes[1])
     axes[1].axvline(trust.chosen, color="#0072B2", lw=1.5, ls=":")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -290,11 +287,13 @@ def show_trust(trust: Trust, folder: str | Path, *, most: int = 8) -> None:
     if trust.proof is not None and trust.proof.views is not None and not trust.proof.equal:
         words = ["what the config makes of an image", "what the app makes of it"]
         show_gallery(trust.proof.views[:2], "trust-app", "Image as the network sees it", folder=folder, captions=words)
-    if trust.sizes is not None:
-        alt = "Left a histogram of the coverage of random sets with this set as a line; right drift of ranges by images"
-        caption = "Left: how much of the ranges that the pool's images reach is reached by the set. Right: how far the "
-        caption += (
-            f"ranges of so many images lie from the pool's ({trust.method}); below the dashed line is stable, and "
+    if not np.isnan(trust.covered):
+        alt = "Left a histogram of the coverage of random sets with this set as a line; right noise by number of images"
+        caption = (
+            "Left: how much of the ranges that the pool's images reach is reached by the set. Right: how much more "
         )
-        caption += "the dotted line is this set."
+        caption += (
+            "noise the ranges of so many images make in other images; from the dashed line on, more images change "
+        )
+        caption += "little in 95 % of draws (grey: what single draws need), and the dotted line is this set."
         show_figure(plot_trust(trust)[0].figure, "trust", alt, folder=folder, caption=caption)
