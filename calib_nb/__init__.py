@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .analysis.label_judge import Labels
     from .api import CompareOptions, audit, compare, coverage, diagnose, export_ranges, harden, judge, quantize
     from .data.dataset import prepare
     from .data.preprocess import preset
@@ -34,6 +35,7 @@ _HOMES = {
     "audit": "api",
     "quantize": "api",
     "CompareOptions": "api",
+    "Labels": "analysis.label_judge",
     "compare": "api",
     "coverage": "api",
     "diagnose": "api",
@@ -48,6 +50,7 @@ _HOMES = {
 __all__ = [
     "CompareOptions",
     "FaceDetector",
+    "Labels",
     "audit",
     "compare",
     "compile_model",

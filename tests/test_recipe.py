@@ -3,13 +3,18 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import network, scale
 
+from calib_nb.analysis.compare import compare_models
+from calib_nb.analysis.label_judge import Labels, label_halves, label_judges
+from calib_nb.analysis.tasks import TaskKind
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import sha256_file
+from calib_nb.faces.verification import VerificationTask
 from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.quantize import read_history
@@ -134,3 +139,54 @@ def test_the_noisiest_of_many_nodes_is_found_in_few_runs(count, most, data):
     assert len(runs) <= most and sorted(n for group, _ in groups for n in group) == names
     assert [loud] in [list(group) for group, _ in groups]
     assert all(noise == sum(1.0 if n == loud else 1e-4 for n in group) for group, noise in groups)
+
+
+class _Counting:
+    """A labelled task on arrays that counts how often it was made."""
+
+    name, primary, higher_is_better = "counting", "accuracy", True
+
+    def __init__(self, samples):
+        self.samples, self.loaded = samples, []
+
+    def load(self, sample):
+        self.loaded.append(sample.tobytes())
+        return scale(sample)
+
+    def units(self, outputs, reference):
+        same = [next(iter(a.values())).argmax() == next(iter(b.values())).argmax() for a, b in zip(outputs, reference)]
+        return pd.DataFrame({"accuracy": np.array(same, float)})
+
+    def metrics(self, units):
+        return {"accuracy": float(units.accuracy.mean())}
+
+
+def test_labels_that_judge_are_not_those_that_are_scored(tmp_path, images, monkeypatch):
+    model, made = network(tmp_path / "float.onnx"), []
+    others = list(np.random.default_rng(7).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+    kind = TaskKind("counting", "arrays", lambda *_: made.append(_Counting(others)) or made[-1], lambda model: None)
+    monkeypatch.setattr("calib_nb.analysis.tasks.task_kinds", lambda: {"counting": kind})
+    judge, scorer = label_judges(model, Labels("labels", "counting"), scale, [])
+    recipe = auto(
+        model, images, scale, tmp_path / "int8.onnx", steps=("methods", "clip"), judge=judge, progress=False, threads=1
+    )
+    assert len(made) == 1 and 2 <= recipe.steps.metric.notna().sum() <= 6
+    judged = set(made[0].loaded)
+    assert judged == {x.tobytes() for x in judge.task.samples} and len(judged) + len(scorer.task.samples) == 60
+    made[0].loaded.clear()
+    comparison = compare_models(model, {"int8": recipe.model.path}, scorer.task, latency_runs=2, progress=False)
+    assert not judged & set(made[0].loaded) and len(comparison.units["int8"]) == len(scorer.task.samples)
+    # the last word: no judged plan is better beyond its interval than the one that was kept
+    kept = recipe.steps[recipe.steps.kept].iloc[-1]
+    assert kept.metric >= recipe.steps.metric.max() - 0.5 and kept.noise == recipe.steps.noise[recipe.steps.kept].min()
+
+
+def test_pairs_of_faces_share_no_image_between_the_halves():
+    rng = np.random.default_rng(0)
+    crops = {f"{k}.png": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for k in range(200)}
+    names = list(crops)
+    rows = [(names[a], names[b], bool(k % 2), k % 10) for k, (a, b) in enumerate(rng.integers(0, 200, (150, 2)))]
+    table = pd.DataFrame(rows, columns=["first", "second", "same", "fold"])
+    halves = label_halves(VerificationTask(crops, table, preprocess=lambda crop: crop))
+    first, second = ({x.tobytes() for x in half.samples} for half in halves)
+    assert not first & second and min(len(half.rows) for half in halves) >= 20

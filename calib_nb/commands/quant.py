@@ -22,6 +22,16 @@ def _method_names(incomplete: str) -> list[str]:
     return words_of("quant.recipe", "RECIPES")(incomplete) + words_of("quant.ranges", "RANGE_METHODS")(incomplete)
 
 
+def _labels(labels: Path | None, task: str | None, budget: float | None):
+    """The labelled data that three options name together; None where none is named."""
+    from calib_nb.analysis.label_judge import Labels
+    from calib_nb.core.errors import InputError
+
+    if (labels is None) != (task is None) or (labels is None and budget is not None):
+        raise InputError("--labels, --task or --budget alone", expected="--labels with --task, and --budget with both")
+    return None if labels is None else Labels(labels, task, budget)
+
+
 @app.command(epilog="Example: calib-nb quantize --model yunet.onnx --config yunet.json --output yunet_int8.onnx")
 def quantize(
     model: Annotated[Path, typer.Option(help="Float ONNX file; it is not changed.")],
@@ -71,14 +81,14 @@ def quantize(
     """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs.
 
     Before it is written the network runs on some of the images, with ONNX Runtime's optimizer and without. Outputs
-    below 6 dB, of which a quarter is noise, are unusable: exit code 1. With --labels the drop of the task's metric is
-    predicted on them; keep them apart from the images that calibrate and from those that you score in the end.
+    below 6 dB, of which a quarter is noise, are unusable: exit code 1. With --labels a half of them, by content, has
+    the last word about the steps of auto, by the task's metric, and on the other half its drop is predicted; keep them
+    apart from the images that calibrate and from those that you score in the end.
     """
     from dataclasses import replace
 
     from calib_nb import api
-    from calib_nb.analysis.tasks import task_kind
-    from calib_nb.core.errors import CheckFailed, InputError
+    from calib_nb.core.errors import CheckFailed
     from calib_nb.npu.config import load_config
     from calib_nb.npu.vendor_hints import retries
     from calib_nb.quant.quantize import FLOOR_DB
@@ -87,15 +97,16 @@ def quantize(
 
     settings = load_config(config)
     files = api.image_files(images, settings, most=num_samples or settings.calibration_num)
-    if (labels is None) != (task is None) or (labels is None and budget is not None):
-        raise InputError("--labels, --task or --budget alone", expected="--labels with --task, and --budget with both")
-    if labels:  # read before minutes of work
-        task_kind(task).make(labels, settings.preprocess)
+    labelled = _labels(labels, task, budget)
     target = profile if avx2_safe is None else replace(find_profile(profile), avx2_safe=avx2_safe)
     rare = {"stats": stats, "keep_float": tuple(keep_float or ())}
-    int8 = api.quantize(model, settings, output, method=method, profile=target, images=files, **rare)
+    rare |= {"method": method, "profile": target, "labels": labelled}
+    int8 = api.quantize(model, settings, output, images=files, **rare)
     if len(int8.steps):
-        typer.echo(text_table(int8.steps.replace({"kept": {True: "yes", False: ""}})))
+        table = int8.steps.replace({"kept": {True: "yes", False: ""}})
+        if "metric" in table:
+            table["metric"] = [f"{value:.4f}" if value == value else "" for value in table.metric]
+        typer.echo(text_table(table))
         hints = "\n".join(f"  {hint.why}\n    {hint.change}" for hint in retries(int8.steps, model, config))
         typer.echo(f"the same with DX-COM, one change at a time:\n{hints}")
     written = int8.model
@@ -112,12 +123,12 @@ def quantize(
         raise CheckFailed(
             what, expected=f"at least {FLOOR_DB:g} dB", fix=f"{step}, or keep nodes in float (--keep-float)"
         )
-    if labels:
-        options = api.CompareOptions(latency_runs=2)
-        predicted = api.compare(model, int8, labels=labels, task=task, budget=budget, options=options)
-        row = predicted.table.iloc[-1]
+    if int8.predicted:
+        predicted, row = int8.predicted, int8.predicted.table.iloc[-1]
         interval = f"{row.drop_low:.4f} to {row.drop_high:.4f}"
-        typer.echo(f"predicted drop of {predicted.primary}: {row['drop']:.4f} ({interval}), {row.verdict}")
+        count = len(predicted.units["float"])
+        figures = f"{row['drop']:.4f} ({interval}) on {count} labels that judged nothing"
+        typer.echo(f"predicted drop of {predicted.primary}: {figures}; {row.verdict}")
         if row.verdict == "over budget":
             raise CheckFailed(f"over the budget of {budget:g}", fix="which layers: calib-nb diagnose")
 
@@ -210,9 +221,12 @@ def harden(
         ),
     ] = "any",
     budget: Annotated[
-        float,
-        typer.Option(help="Largest noise in the float file's own outputs, as a share of their signal, above 0."),
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Largest loss of the float file itself: with --labels a drop of the metric, in its unit (default: "
+            "0.002), else noise in its outputs as a share of their signal, above 0 (default: 0.1).",
+        ),
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of calibration images, instead of the config's.")] = None,
     num_samples: Annotated[
         int | None, typer.Option(min=2, help="Images to work with (default: the config's calibration_num).")
@@ -224,29 +238,43 @@ def harden(
             autocompletion=words_of("quant.clips", "CLIP_FORMS"),
         ),
     ] = "Clip",
+    labels: LabelsOption = None,
+    task: TaskOption = None,
 ):
     """Write a float ONNX file that black-box static quantizers treat well.
 
     Steps that are exact even out channels. Those that are not (clips, and weights on the grid of a scale per tensor)
-    stay within the budget. What the file has is in its metadata.
+    stay within the budget. What the file has is in its metadata. With --labels a half of them, by content, has the last
+    word about the steps, by the task's metric, and the other half is scored.
     """
     from calib_nb import api
+    from calib_nb.core.errors import CheckFailed
     from calib_nb.npu.config import load_config
     from calib_nb.report import text_table
 
     settings = load_config(config)
     files = api.image_files(images, settings, most=num_samples or settings.calibration_num)
-    hard = api.harden(model, settings, output, weights=weights, budget=budget, images=files, form=form)
+    default = 0.1 if labels is None else 0.002
+    budget = default if budget is None else budget
+    labelled = _labels(labels, task, None if labels is None else budget)
+    rare = {"form": form, "labels": labelled} | ({} if labels else {"budget": budget})
+    hard = api.harden(model, settings, output, weights=weights, images=files, **rare)
     steps = hard.steps.replace({"kept": {True: "yes", False: ""}, "exact": {True: "yes", False: ""}})
     typer.echo(text_table(steps.round({"float_db": 1, "noise": 4, "gain_db": 1})))
     boxes = hard.boxes.round(1).rename_axis("simulated compiler").reset_index()
     typer.echo(f"signal to noise of the outputs, dB\n{text_table(boxes)}")
+    limit = "" if labels else f" (budget {budget:g})"
     typer.echo(
-        f"{len(hard.clips)} clips; noise of the float file itself: {hard.float_noise:.2g} of its signal "
-        f"(budget {budget:g})\nmodel: {hard.path}"
+        f"{len(hard.clips)} clips; noise of the float file itself: {hard.float_noise:.2g} of its signal{limit}\n"
+        f"model: {hard.path}"
     )
+    if len(hard.scored):
+        table = hard.scored.round(4).rename_axis("file").reset_index()
+        typer.echo(f"the metric on labels that judged nothing; drop from the given float file\n{text_table(table)}")
+        if hard.scored.drop_low["float"] > budget:
+            raise CheckFailed(f"the float file is over the budget of {budget:g}", fix="less clipping: fewer --steps")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-24
+# %% ../../nbs/commands/03_quant.ipynb #cell-26
 @app.command(
     epilog="Example: calib-nb export-ranges --model m.onnx --config c.json --format qnn --output overrides.json"
 )

@@ -441,6 +441,11 @@ class VerificationTask:
         """The network's input for one crop, float32 [1,3,H,W]."""
         return self.preprocess(self._crop(crop))
 
+    def unit_samples(self) -> list[tuple[int, int]]:
+        """Places of the two samples of every pair."""
+        places = {photo: k for k, photo in enumerate(self.photos)}
+        return [(places[a], places[b]) for a, b in zip(self.pairs["first"], self.pairs["second"])]
+
     def units(self, outputs: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]]) -> pd.DataFrame:
         """Similarities of every pair.
 

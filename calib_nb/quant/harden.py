@@ -21,7 +21,7 @@ from ..core.similarity import decibels
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from .bias_clip import absorb_bias, correct_bias
-from .black_boxes import BOXES, GRANULARITIES, box_noise, boxes_for
+from .black_boxes import BOXES, GRANULARITIES, box_noise, boxes_for, simulate
 from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips
 from .equalize import equalize
 from .observe import network_input
@@ -35,7 +35,7 @@ from calib_nb.quant.quantize import (
 )
 from .ranges import RANGE_METHODS, ranges
 from .recipe import split_images
-from .sensitivity import NoiseMeasure, noise_ratio, noise_shares, outputs_of, smooth
+from .sensitivity import Judge, NoiseMeasure, noise_ratio, noise_shares, outputs_of, preferred, smooth
 from .stats import ActivationStats
 from .weights import quantize_weights
 
@@ -68,6 +68,9 @@ class HardenOptions:
         runs: How many runs the search for clips may take at most.
         threads: Threads of ONNX Runtime.
         progress: Whether to show progress bars.
+        judge: A task's metric on labelled images, which has the last word about the best plans.
+        drop: Largest drop of that metric that the float file itself may have, in its unit; None for any.
+        scorer: The same metric on other labelled images, for the drops in the result.
     """
 
     weights: str = "any"
@@ -81,6 +84,9 @@ class HardenOptions:
     runs: int = 12000
     threads: int = 1
     progress: bool = True
+    judge: Judge | None = None
+    drop: float | None = None
+    scorer: Judge | None = None
 
     def __post_init__(self):
         require_known(self.weights, GRANULARITIES, "granularity of weights")
@@ -106,6 +112,11 @@ class _Plan:
     float_noise: float
     path: tuple[int, ...]
     cut: pd.DataFrame | None = None
+    on: "_Plan | None" = None
+
+    def chain(self) -> list["_Plan"]:
+        """This plan, what it was made of, and so on."""
+        return [self, *(self.on.chain() if self.on else ())]
 
     def mean(self, name: str = "") -> float:
         """Mean noise of the compilers whose names have this part."""
@@ -133,7 +144,7 @@ class _Hardening:
         self.reference = outputs_of(given, self.tuning, threads=options.threads)
         self.boxes = boxes_for(options.weights)
         self.simple = plain_graph(given, BOXES[0].profile)
-        self.first = self.measured(rewrite(self.simple), "given", "simplified and rewritten", True, ())
+        self.first = self.measured(rewrite(self.simple), "given", "simplified and rewritten", True)
 
     def observed(self, graph: Graph) -> ActivationStats:
         """What the calibration images show of a graph."""
@@ -146,14 +157,15 @@ class _Hardening:
         settings = {"noise": options.noise, "threads": options.threads}
         return box_noise(graph, stats, boxes, self.tuning[:count], self.reference[:count], **settings)
 
-    def measured(self, graph: Graph, step: str, detail: str, exact: bool, path: tuple[int, ...], cut=None) -> _Plan:
-        """A plan with its noise and a row in the table."""
+    def measured(self, graph: Graph, step: str, detail: str, exact: bool, of: _Plan | None = None, cut=None) -> _Plan:
+        """A plan that was made of another one, with its noise and a row in the table."""
+        path = of.path if of else ()
         stats = self.observed(graph)
         outputs = outputs_of(graph, self.tuning, threads=self.options.threads)
         as_float = noise_ratio(self.reference, outputs, self.options.noise)
         noise = self.noises(graph, stats, self.boxes)
         on = " + ".join(self.rows[k][0] for k in path[1:])
-        plan = _Plan(graph, stats, noise, as_float, (*path, len(self.rows)), cut)
+        plan = _Plan(graph, stats, noise, as_float, (*path, len(self.rows)), cut, of)
         self.rows.append((step, detail, on, exact, as_float, plan.mean()))
         return plan
 
@@ -226,7 +238,7 @@ def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
         return None
     graph = insert_clips(plan.graph, chosen.table, form=options.form)
     detail = f"{len(chosen.table)} of {chosen.candidates} tensors cut"
-    return search.measured(graph, "clips", detail, False, plan.path, chosen.table)
+    return search.measured(graph, "clips", detail, False, plan, chosen.table)
 
 
 def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
@@ -238,7 +250,7 @@ def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
         for plan in beam:
             graph = _MAKERS[step](search, plan)
             if graph is not None and _differ(graph, plan.graph):
-                plans.append(search.measured(graph, step, detail, exact, plan.path))
+                plans.append(search.measured(graph, step, detail, exact, plan))
     admitted = [plan for plan in plans if plan is not None and search.admits(plan)]
     found = sorted([*beam, *admitted], key=lambda plan: plan.mean())
     # both ways to equalize start from the given file
@@ -251,6 +263,40 @@ def _differ(one: Graph, other: Graph) -> bool:
     return first != second
 
 # %% ../../nbs/quant/19_harden.ipynb #cell-17
+_CANDIDATES = 5  # plans that come before a judge, at most, and the given file
+
+
+def _compiled(search: _Hardening, plan: _Plan) -> dict[str, Graph]:
+    """What the simulated compilers with minmax ranges make of a plan, by the name of the compiler."""
+    return {box.name: simulate(plan.graph, plan.stats, box) for box in search.boxes if box.method == "minmax"}
+
+
+def _judged(search: _Hardening, beam: list[_Plan]) -> tuple[_Plan, dict[int, float]]:
+    """The plan that the metric prefers among the best ones and what these are made of; the metric by row."""
+    judge, limit = search.options.judge, search.options.drop
+    unique = {plan.path[-1]: plan for plan in [*beam, *beam[0].chain()] if plan is not search.first}
+    plans = sorted(unique.values(), key=lambda plan: plan.mean())[:_CANDIDATES]
+    if limit is not None:
+        given = judge.score([])
+        plans = [plan for plan in plans if judge.gain(judge.score([plan.graph]), given)[0] <= limit]
+    plans = sorted([*plans, search.first], key=lambda plan: plan.mean())
+    place, values = preferred([list(_compiled(search, plan).values()) for plan in plans], judge)
+    return plans[place], {plan.path[-1]: value for plan, value in zip(plans, values)}
+
+
+def _scored(search: _Hardening, best: _Plan) -> pd.DataFrame:
+    """The metric of the float file and of simulated compilers on labels that judged nothing, given and hardened."""
+    columns, judge = ["given", "hardened", "drop", "drop_low", "drop_high"], search.options.scorer
+    if judge is None:
+        return pd.DataFrame(columns=columns)
+    as_float, rows = judge.score([]), {}
+    given, hard = ({"float": plan.graph, **_compiled(search, plan)} for plan in (search.first, best))
+    for name in given:
+        before, after = (judge.score([networks[name]]) for networks in (given, hard))
+        rows[name] = [judge.value(before), judge.value(after), *judge.gain(after, as_float)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+# %% ../../nbs/quant/19_harden.ipynb #cell-19
 @dataclass(frozen=True)
 class Hardened:
     """A float file that static quantizers treat well.
@@ -259,8 +305,12 @@ class Hardened:
         path: The file.
         weights: Granularity that it is for.
         steps: A row per trial: step, detail, on (the steps before), exact, float_db (signal to noise in float), noise
-            (mean of the simulated compilers), gain_db (below the given file), kept (whether the file has it).
+            (mean of the simulated compilers), gain_db (below the given file), kept (whether the file has it); with a
+            judge also metric, of the plans that came before it.
         boxes: By simulated compiler, signal to noise of the outputs in dB: given and hardened.
+        scored: A row for the float file and one per granularity of the simulated compilers with minmax ranges: given
+            and hardened (metric on the scored labels), drop of the hardened against the float file as given, drop_low
+            and drop_high (95 % interval); empty without labels.
         clips: Columns low and high by tensor, of the clips in the file.
         float_noise: Noise of the float file's own outputs, as a share of the signal.
     """
@@ -271,6 +321,7 @@ class Hardened:
     boxes: pd.DataFrame
     clips: pd.DataFrame
     float_noise: float
+    scored: pd.DataFrame
 
 
 def harden_model(
@@ -307,8 +358,10 @@ def harden_model(
     beam, steps = [search.first], [step for step in HARDENING if step in options.steps]
     for step in tqdm(steps, desc="harden", unit="step", **bar_switch(options.progress)):
         beam = _tried(search, beam, step)
-    best, columns = beam[0], ["low", "high"]
-    table, clips = search.table(best), pd.DataFrame(columns=columns) if best.cut is None else best.cut
+    best, values = (beam[0], {}) if options.judge is None else _judged(search, beam)
+    columns, table = ["low", "high"], search.table(best)
+    table = table.assign(metric=pd.Series(values, dtype=float)) if values else table
+    clips = pd.DataFrame(columns=columns) if best.cut is None else best.cut
     kept = [{"step": r.step, "detail": r.detail, "exact": bool(r.exact)} for r in table[table.kept].itertuples()]
     notes = {"hardened": json.dumps(kept), "weights": options.weights, "budget": f"{options.budget:g}"}
     notes |= {"float_noise": f"{best.float_noise:.3g}", "clips": json.dumps(clips.round(6).T.to_dict("list"))}
@@ -316,4 +369,4 @@ def harden_model(
     plans = {"given": search.first, "hardened": best}
     noise = pd.DataFrame({name: search.noises(plan.graph, plan.stats, BOXES) for name, plan in plans.items()})
     boxes = noise.apply(lambda column: decibels(1.0, column))
-    return Hardened(path, options.weights, table, boxes, clips, best.float_noise)
+    return Hardened(path, options.weights, table, boxes, clips, best.float_noise, _scored(search, best))

@@ -44,9 +44,11 @@ from calib_nb.quant.quantize import (
 from .range_search import SearchOptions, search_ranges
 from .ranges import RANGE_METHODS, ranges
 from calib_nb.quant.sensitivity import (
+    Judge,
     choose_float_nodes,
     noise_ratio,
     outputs_of,
+    preferred,
     product_nodes,
     sensitivity,
     smooth,
@@ -119,7 +121,8 @@ class Recipe:
     Args:
         model: The written file with its facts.
         steps: A row per trial: step, detail, on (what it was tried on), noise on the tuning images, gain_db (how far
-            below plain minmax), and whether the model has it (kept). Empty for a single method.
+            below plain minmax), and whether the model has it (kept); with a judge also metric, of the plans that came
+            before it, NaN of the others. Empty for a single method.
     """
 
     model: QuantizedModel
@@ -147,6 +150,7 @@ class RecipeOptions(QuantizeOptions):
         seed: Seed of the choice of tuning images.
         share: Share of the images that judge, 0 to 1.
         threads: Threads of ONNX Runtime.
+        judge: The task's metric on labelled images, which has the last word about the best plans.
     """
 
     steps: Sequence[str] = RECIPES["auto"]
@@ -154,15 +158,21 @@ class RecipeOptions(QuantizeOptions):
     seed: int = 0
     share: float = 0.3
     threads: int = 2
+    judge: Judge | None = None
 
 # %% ../../nbs/quant/15_recipe.ipynb #cell-17
 @dataclass(frozen=True)
 class _Tried:
-    """A plan, its noise on the tuning images, and the rows of the trials that led to it."""
+    """A plan, its noise on the tuning images, the rows of the trials that led to it, and what it was made of."""
 
     plan: Plan
     noise: float
     path: tuple[int, ...]
+    on: "_Tried | None" = None
+
+    def chain(self) -> list["_Tried"]:
+        """This plan, what it was made of, and so on."""
+        return [self, *(self.on.chain() if self.on else ())]
 
 
 @dataclass
@@ -176,6 +186,7 @@ class _Search:
     target: Profile
     options: RecipeOptions
     rows: list = field(default_factory=list)
+    least: list = field(default_factory=list)  # the least noisy trials, for a judge
 
     def __post_init__(self):
         given = load_graph(self.model)
@@ -185,6 +196,7 @@ class _Search:
             for part in (self.calibration, self.tuning)
         )
         self.threads, self.progress, self.names = self.options.threads, self.options.progress, tensor_names(given)
+        self.how = {"noise": self.options.noise, "threads": self.threads, "progress": self.progress}
         self.reference = outputs_of(given, self.tuning_inputs, threads=self.threads)
         self.simple = plain_graph(given, self.target)
         device = rewrite(self.simple)
@@ -221,7 +233,10 @@ class _Search:
             detail if step == "methods" else step for step, detail, *_ in map(self.rows.__getitem__, path)
         )
         self.rows.append((step, detail, made_of, noise))
-        return _Tried(plan, noise, (*path, len(self.rows) - 1))
+        tried = _Tried(plan, noise, (*path, len(self.rows) - 1), on)
+        if self.options.judge is not None:
+            self.least = sorted([*self.least, tried], key=lambda one: one.noise)[:_CANDIDATES]
+        return tried
 
     def table(self, best: _Tried) -> pd.DataFrame:
         """One row per trial; those that `best` is made of are kept."""
@@ -288,15 +303,7 @@ def _node_lists(search: _Search, plan: Plan) -> dict[tuple[str, ...], str]:
     target, lists = search.target, {}
     if target.float_nodes == 0:
         return lists
-    table = sensitivity(
-        plan.graph,
-        plan.ranges(),
-        target,
-        search.inputs[:16],
-        noise=search.options.noise,
-        threads=search.threads,
-        progress=search.progress,
-    )
+    table = sensitivity(plan.graph, plan.ranges(), target, search.inputs[:16], **search.how)
     for by_cost, order in ((False, "the noisiest first"), (True, "most noise for the cost first")):
         names = choose_float_nodes(
             table, nodes=target.float_nodes, macs=target.float_macs, least=0.005, by_cost=by_cost
@@ -338,13 +345,7 @@ def _clipped(search: _Search, on: _Tried) -> _Tried:
 
 def _searched(search: _Search, on: _Tried) -> _Tried:
     plan, runs = on.plan, _RUNS * (len(search.calibration) + len(search.tuning))
-    options = SearchOptions(
-        float_nodes=plan.float_nodes,
-        noise=search.options.noise,
-        runs=runs,
-        threads=search.threads,
-        progress=search.progress,
-    )
+    options = SearchOptions(float_nodes=plan.float_nodes, runs=runs, **search.how)
     tables, inputs = {m: plan.observed(m) for m in RANGE_METHODS}, search.inputs[: options.inputs]
     reference = outputs_of(search.simple, inputs, threads=search.threads)
     searched = search_ranges(plan.graph, tables, plan.method, search.target, inputs, reference, options)
@@ -364,6 +365,20 @@ def _chosen(search: _Search, beam: list[_Tried], step: str) -> list[_Tried]:
     return sorted([*changed, *beam[len(changed) :]], key=lambda tried: tried.noise)
 
 # %% ../../nbs/quant/15_recipe.ipynb #cell-28
+def _judged(search: _Search, beam: list[_Tried]) -> tuple[_Tried, pd.DataFrame]:
+    """The plan that the metric prefers among the best ones and what the best is made of, and the table of steps."""
+    unique = {one.path[-1]: one for one in [*beam[0].chain()[:4], *search.least]}
+    candidates = sorted(list(unique.values())[:_CANDIDATES], key=lambda one: one.noise)
+    judge, networks = search.options.judge, [[search.written(one.plan)] for one in candidates]
+    place, values = preferred(networks, judge)
+    table = search.table(candidates[place])
+    table["metric"] = pd.Series({one.path[-1]: value for one, value in zip(candidates, values)}, dtype=float)
+    return candidates[place], table
+
+
+_CANDIDATES = 6  # plans that come before a judge, at most
+
+# %% ../../nbs/quant/15_recipe.ipynb #cell-30
 def auto(
     model: str | Path,
     images: Sequence[str | Path | np.ndarray],
@@ -405,7 +420,7 @@ def auto(
     steps = [step for step in STEPS if step in options.steps]
     for step in tqdm(steps, desc="recipe", unit="step", **bar_switch(options.progress)):
         beam = _repaired(search, beam, step) if step in _REPAIRS else _chosen(search, beam, step)
-    best, table = beam[0], search.table(beam[0])
+    best, table = (beam[0], search.table(beam[0])) if options.judge is None else _judged(search, beam)
     plan = best.plan
     method = f"auto: {plan.method}" + (", then tensor by tensor" if plan.table is not None else "")
     notes = {"method": method, "recipe": json.dumps(table[table.kept].detail.tolist())} | request
@@ -413,7 +428,7 @@ def auto(
     written = write_int8_model(plan.graph, plan.ranges(), target, output, notes, model, **kept)
     return Recipe(replace(written, noise=best.noise), table)
 
-# %% ../../nbs/quant/15_recipe.ipynb #cell-35
+# %% ../../nbs/quant/15_recipe.ipynb #cell-39
 def quantize_by(
     method: str,
     model: str | Path,
