@@ -70,12 +70,14 @@ def test_the_default_of_onnx_runtime_is_what_its_own_function_writes(model, opti
 
 def test_a_second_run_resumes_and_another_input_does_not(model, options, tmp_path):
     log = tmp_path / "log"
-    tool = own(tmp_path / "own.py", f"open({str(log)!r}, 'a').write('x'); return shutil.copy(model, folder)")
+    body = f"open('litter', 'w').close(); open({str(log)!r}, 'a').write('x'); return shutil.copy(model, folder)"
+    tool = own(tmp_path / "own.py", body)
     scored = save_inputs(INPUTS[:2], tmp_path / "scored.npz")
     for arrays, runs in ((INPUTS, 1), (INPUTS, 1), (INPUTS[:7], 2)):
         calibration = save_inputs(arrays, tmp_path / "calibration.npz")
         run = run_toolchain(tool, model, calibration, scored, options, "own")
         assert log.read_text() == "x" * runs and len(run.outputs) == 2 and run.int8_share == 0
+        assert (run.file.parent / "litter").is_file() and not Path("litter").exists()
 
 
 def test_a_run_out_of_time_ends_with_all_that_it_started_and_leaves_nothing(model, options, tmp_path):

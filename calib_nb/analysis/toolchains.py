@@ -125,7 +125,9 @@ def how_to_install(toolchain: str) -> str:
 _SCRIPT = Path(toolchain_scripts.__file__)
 
 
-def run_script(python: Path, words: Sequence[str], *, timeout: float, threads: int = 2) -> str:
+def run_script(
+    python: Path, words: Sequence[str], *, timeout: float, threads: int = 2, folder: Path | None = None
+) -> str:
     """Run the toolchains' script in some Python.
 
     Args:
@@ -133,6 +135,7 @@ def run_script(python: Path, words: Sequence[str], *, timeout: float, threads: i
         words: Arguments of the script.
         timeout: Seconds that it may take.
         threads: Threads that it may use.
+        folder: Where it runs: some toolchains leave files there.
 
     Returns:
         What it printed.
@@ -143,8 +146,9 @@ def run_script(python: Path, words: Sequence[str], *, timeout: float, threads: i
     quiet = {"NNCF_CI": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     environment = os.environ | quiet | {"OMP_NUM_THREADS": str(threads)}
     command = [str(python), "-I", str(_SCRIPT), *words]
+    how = {"env": environment, "text": True, "errors": "replace", "start_new_session": True, "cwd": folder}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment, text=True, errors="replace", start_new_session=True, **pipes)
+    process = subprocess.Popen(command, **how, **pipes)
     try:
         printed, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as e:
@@ -218,7 +222,8 @@ def run_toolchain(
         job.write_text(json.dumps(absolute | {"folder": str(folder)}))
         python = python_of(toolchain, options.environments)
         try:
-            run_script(python, ["run", str(job)], timeout=options.timeout, threads=options.threads)
+            rare = {"timeout": options.timeout, "threads": options.threads, "folder": folder}
+            run_script(python, ["run", str(job)], **rare)
         except CheckFailed as e:
             if not e.what.startswith("ModuleNotFoundError") or toolchain.endswith(".py"):
                 raise
