@@ -216,3 +216,31 @@ def test_refusals_before_anything_runs(place):
     Path("bin/dxcom").write_text("not a program")
     with pytest.raises(ConfigError, match="cannot be started"):
         compile_model("my model.onnx", "c.json", "out")
+
+
+DIAGNOSED = """if '--quant_diagnosis' in args:
+    open(os.path.join(out, 'model.qxnn'), 'w').write('checkpoint')
+open(os.path.join(out, 'model.dxnn'), 'w').write(' '.join(args))
+print('Added nodes: [Transpose_0]')"""
+
+
+def test_the_loop_goes_on_from_the_checkpoint_and_chooses_only_by_numbers(place, capsys):
+    from calib_nb.cli import main
+
+    stand_in(DIAGNOSED + "\nprint('SQNR:', 25 if 'ema' in args else 20)")
+    line = "compile --model model.onnx --config c.json --output out --diagnose --opt-level 1".split()
+    os.rename("my model.onnx", "model.onnx")
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    assert "take transpose out of the host's code" in shown and "best: ema" in shown
+    assert Path("out/model.dxnn").read_text().endswith("--opt_level 1 --quant_diagnosis")
+    for name in ("ema", "minmax", "iqr", "q_pro", "P3"):
+        arguments = shlex.split(Path(f"out_{name}/model.dxnn").read_text())
+        assert arguments[:2] == ["--checkpoint", str(Path("out/model.qxnn"))] and "--opt_level" not in arguments
+    stand_in(DIAGNOSED)
+    assert main(line) == 0 and "compare them on the board" in capsys.readouterr().out
+    stand_in(WRITE)  # a version without checkpoints
+    assert main(line) == 0 and "no checkpoint" in capsys.readouterr().out
+    stand_in("sys.exit(3)")
+    assert main(line) == 3 and "ended with 3" in capsys.readouterr().out
+    assert main([*line, "--checkpoint", "out/model.qxnn"]) == 2

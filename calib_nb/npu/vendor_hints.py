@@ -35,11 +35,15 @@ def _scheme(**scheme) -> str:
 
 def _change(step: str, detail: str, command: str) -> tuple[str, str] | None:
     """(what a step repairs, what asks DX-COM for the same), or None for a step that has no counterpart."""
-    alpha, again = {"DXQ-P0": {"alpha": 0.5}}, f"{command} --recalibration_method iqr"
+    alpha, searched = {"DXQ-P0": {"alpha": 0.5}}, {"DXQ-P2": {"alpha": 0.1, "beta": 1.0, "cosim_num": 2}}
+    again = f"{command} --quant_diagnosis, then on from its checkpoint: --recalibration_method iqr (compile --diagnose)"
+    harder = "calib-nb harden writes a float file with this step in it: compile that one"
     method = f'in the config: "calibration_method": "{detail}"' if detail in ("ema", "minmax") else again
     return {
         "equalize": ("channels of unequal size", _scheme(**alpha)),
         "smooth": ("channels of unequal size behind a LayerNormalization", _scheme(**alpha)),
+        "absorb": ("values that channels always exceed", harder),
+        "ranges": ("ranges, chosen tensor by tensor", _scheme(**searched)),
         "bias": ("means that rounding has moved", _scheme(**{"DXQ-P1": True})),
         "round": ("weights whose rounding matters", _scheme(**{"DXQ-P3": {"num_samples": 1024}})),
         "float_nodes": ("nodes that want more than 8 bits", f"{command} --use_q_pro"),
