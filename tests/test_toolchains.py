@@ -118,6 +118,13 @@ def test_names_environments_and_lines_to_install(tmp_path):
     for wrong, words in (("ort", "NAME=FOLDER"), ("ort=", "NAME=FOLDER"), ("otr=x", "'ort'"), ("ort=x", "no Python")):
         with pytest.raises(InputError, match=words):
             read_environments([wrong])
+    python = tmp_path / "odd" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'no such library' >&2; exit 127\n")
+    python.chmod(0o755)
+    options = ToolchainOptions(environments=read_environments([f"nncf={tmp_path / 'odd'}"]))
+    _, missing = find_toolchains(["nncf"], options)
+    assert missing == {"nncf": "nncf: the Python of its environment does not run: no such library"}
     with pytest.raises(InputError, match="no file nowhere.py"):
         find_toolchains(["nowhere.py"], ToolchainOptions())
 

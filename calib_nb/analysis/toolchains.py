@@ -286,7 +286,11 @@ def find_toolchains(names: Sequence[str], options: ToolchainOptions) -> tuple[di
                 raise InputError(f"no file {name}", expected="a Python file with a function quantize")
         else:
             require_known(name, QUANTIZERS, "toolchain")
-        version = run_script(python_of(name, options.environments), ["version", name], timeout=60).strip()
+        try:
+            version = run_script(python_of(name, options.environments), ["version", name], timeout=60).strip()
+        except CheckFailed as e:
+            missing[name] = f"{name}: the Python of its environment does not run: {e}"
+            continue
         if version:
             versions[name] = version
         else:
