@@ -20,7 +20,7 @@ from calib_nb.core import cluster as module  # noqa: E402
 from calib_nb.core.cluster import cluster, file_of, named_file  # noqa: E402
 from calib_nb.core.errors import InputError  # noqa: E402
 from calib_nb.core.merge import map_and_merge  # noqa: E402
-from calib_nb.core.parallel import parallel_map  # noqa: E402
+from calib_nb.core.parallel import parallel_map, processor, processors  # noqa: E402
 from calib_nb.data import score  # noqa: E402
 from calib_nb.data.duplicates import hash_images  # noqa: E402
 from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw  # noqa: E402
@@ -72,7 +72,7 @@ def test_a_killed_worker_loses_nothing(client):
         assert [first, *results] == [-x for x in range(200)]
 
 
-def test_an_image_that_kills_its_process_is_named_and_the_others_are_measured(client, photos, monkeypatch):
+def test_an_image_that_kills_its_process_is_named_and_the_others_are_measured(client, photos, monkeypatch, tmp_path):
     measure = score.measure_file
 
     def deadly(root, side, path):
@@ -81,12 +81,16 @@ def test_an_image_that_kills_its_process_is_named_and_the_others_are_measured(cl
         return measure(root, side, path)
 
     deadly.lost = measure.lost
-    expected = score.score_folder(photos, progress=False)
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in [*sorted(photos.glob("1[3-8].jpg")), photos / "torn.jpg"]:
+        (few / path.name).write_bytes(path.read_bytes())
+    expected = score.score_folder(few, progress=False)
     monkeypatch.setattr(score, "measure_file", deadly)
     with cluster(client):
-        table = score.score_folder(photos, progress=False)
-    assert table.error[17] == "ends the process that reads it" and np.isnan(table.quality[17])
-    assert table.drop(index=17).equals(expected.drop(index=17))
+        table = score.score_folder(few, progress=False)
+    assert table.error[4] == "ends the process that reads it" and np.isnan(table.quality[4])
+    assert table.drop(index=4).equals(expected.drop(index=4))
 
 
 def test_an_error_names_its_item_and_what_was_done_is_kept(client, tmp_path):
@@ -103,6 +107,7 @@ def test_an_error_names_its_item_and_what_was_done_is_kept(client, tmp_path):
     assert kept == list(range(30)) and (tmp_path / "j").read_bytes().count(b"\n") >= 31
 
 
+@pytest.mark.slow  # a cluster of its own
 def test_a_scheduler_that_is_gone_is_one_line(tmp_path):
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as here:
         client = distributed.Client(here)
@@ -117,8 +122,17 @@ def test_a_scheduler_that_is_gone_is_one_line(tmp_path):
 
 def test_workers_with_other_libraries_are_refused(client, monkeypatch):
     monkeypatch.setattr(module, "versions", lambda: {"python": str(os.getpid())})  # each process has its own
-    with pytest.raises(InputError, match=f"expected python {os.getpid()}, as here"), cluster(client):
+    with pytest.raises(InputError, match=f"expected python {os.getpid()}, as the caller has"), cluster(client):
         pass
+
+
+def test_a_worker_with_other_libraries_that_joins_late_is_refused(client, monkeypatch):
+    with cluster(client):
+        assert processors()[processor()] == 3, "this process, and two workers"
+        here = module.versions()
+        monkeypatch.setattr(module, "versions", lambda: here | {"python": "2.7"})  # sent so, now
+        with pytest.raises(InputError, match="joined late, has python 3.*; expected python 2.7, as the"):
+            list(parallel_map(abs, range(9), progress=False))
 
 
 class Killer(threading.Thread):

@@ -101,7 +101,7 @@ def bucket(photos):
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.fixture(params=["file", "http", "s3"])
+@pytest.fixture(params=["file", "http", pytest.param("s3", marks=pytest.mark.slow)])  # the server of S3 takes a while
 def root(request, photos):
     if request.param == "s3":
         return request.getfixturevalue("bucket")
@@ -163,6 +163,7 @@ def test_a_page_that_links_elsewhere_is_not_followed(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_set_is_prepared_from_a_url(web, photos, tmp_path):
     far = prepare(web.url, tmp_path / "far", num_samples=4, strategy="random", progress=False)
     near = prepare(photos, tmp_path / "near", num_samples=4, strategy="random", progress=False)

@@ -10,36 +10,40 @@ import contextlib
 import functools
 import hashlib
 import os
+import pickle
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from pathlib import Path
 
 from .errors import InputError
-from .parallel import cpu_count, current_engine, run_batch
+from .parallel import cpu_count, current_engine, processor, run_batch, workers_in_use
 from .run import atomic_file, cache_root, sha256_file, versions
 
 # %% ../../nbs/core/12_cluster.ipynb #cell-7
-def require_versions(workers: Mapping[str, Mapping[str, str]]) -> None:
+def require_versions(workers: Mapping[str, Mapping[str, str]], caller: Mapping[str, str] | None = None) -> None:
     """Refuse workers whose libraries are not the caller's.
 
     Args:
         workers: What `versions` says there, by the worker's address.
+        caller: What it says at the caller; default: here.
 
     Raises:
         InputError: A version differs; both lists are named.
     """
-    here = versions()
+    here = versions() if caller is None else caller
     for address, there in workers.items():
         different = [name for name in {**here, **there} if there.get(name) != here.get(name)]
         if different:
             theirs, ours = (", ".join(f"{n} {v.get(n, 'missing')}" for n in different) for v in (there, here))
             fix = "install the same versions on every worker"
-            raise InputError(f"worker {address} has {theirs}", expected=f"{ours}, as here", fix=fix)
+            raise InputError(f"worker {address} has {theirs}", expected=f"{ours}, as the caller has", fix=fix)
 
 # %% ../../nbs/core/12_cluster.ipynb #cell-10
 _functions: dict[str, Callable] = {}  # of this process: by the hash of what was sent
@@ -56,7 +60,9 @@ def _unpacked(digest: str, packed: bytes) -> Callable:
         _share_cores()
         while len(_functions) >= _MOST_FUNCTIONS:
             _functions.pop(next(iter(_functions)))
-        _functions[digest] = cloudpickle.loads(packed)
+        theirs, function = pickle.loads(packed)
+        require_versions({f"{platform.node()}, which joined late,": versions()}, theirs)
+        _functions[digest] = cloudpickle.loads(function)
     return _functions[digest]
 
 
@@ -132,7 +138,7 @@ class _Cluster:
             files: dict[str, Path] = {}
             token = _named_files.set(files)
             try:
-                packed = cloudpickle.dumps(function)
+                packed = pickle.dumps((versions(), cloudpickle.dumps(function)))
             finally:
                 _named_files.reset(token)
             self.function, self._sent = function, (hashlib.sha256(packed).hexdigest(), packed)
@@ -394,7 +400,9 @@ def cluster(where) -> Iterator:
             raise InputError("the cluster has no workers", fix="start one with: dask worker ADDRESS")
         require_versions(workers)
         token = current_engine.set(functools.partial(_Cluster, client))
+        models = workers_in_use.set(Counter(client.run(processor, on_error="ignore").values()))
         try:
             yield client
         finally:
             current_engine.reset(token)
+            workers_in_use.reset(models)
