@@ -357,7 +357,7 @@ def judge_toolchains(
         bar = tqdm(runs, unit="run", **bar_switch(options.progress))
         for name, version, file in bar:
             short = Path(name).stem if name.endswith(".py") else name
-            bar.set_description(f"{short}, {file}")
+            bar.set_description_str(f"{short}, {file}")
             try:
                 run = run_toolchain(name, files[file], inputs, scored, options, version)
                 facts = {"int8_share": run.int8_share, "seconds": run.seconds}
