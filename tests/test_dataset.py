@@ -21,6 +21,7 @@ from calib_nb.core.run import read_json, sha256_folder
 from calib_nb.data import dataset, score
 from calib_nb.data.dataset import JOURNAL, PrepareOptions, check_output, place, prepare, write_set
 from calib_nb.data.demo_photos import graded_photos, odd_files, paint_scene
+from calib_nb.data.duplicates import leaks
 from calib_nb.data.images import find_images
 from calib_nb.data.sample import select_images
 from calib_nb.data.set_files import SET_FILES, is_calibration_set, plot_distribution, set_names
@@ -204,6 +205,19 @@ def test_validation_images_are_never_chosen(photos, tmp_path, no_card):
     copied = {p.read_bytes() for p in (tmp_path / "validation").iterdir()}
     assert not any((made.path / name).read_bytes() in copied for name in made.images["name"])
     assert (made.pool["error"] == "stands in the validation folder too").sum() >= 9
+
+
+def test_copies_that_no_hash_finds_are_never_chosen(tmp_path, no_card):
+    for folder in ("pool", "validation"):
+        (tmp_path / folder).mkdir()
+    for k in range(6):
+        cv2.imwrite(str(tmp_path / "pool" / f"{k}.png"), paint_scene(k, height=150, width=200))
+    cv2.imwrite(str(tmp_path / "validation" / "cut.jpg"), paint_scene(2, height=150, width=200)[12:, :182])
+    cv2.imwrite(str(tmp_path / "validation" / "mirror.jpg"), paint_scene(4, height=150, width=200)[:, ::-1])
+    hashed = leaks(tmp_path / "pool", tmp_path / "validation", progress=False)
+    made = run(tmp_path / "pool", tmp_path / "set", strategy="random", against=tmp_path / "validation")
+    left_out = made.pool.path[made.pool["error"] == "stands in the validation folder too"]
+    assert set(left_out) == {"2.png", "4.png"} > set(hashed.calibration) and len(made.images) == 4
 
 
 def test_write_set_from_a_table(photos, tmp_path):

@@ -31,7 +31,7 @@ EXACT = (
     "data/07_bins.ipynb",
     "data/08_sample.ipynb",
     "data/09_set_files.ipynb",
-    "data/10_dataset.ipynb",
+    "data/11_dataset.ipynb",
     "npu/01_config.ipynb",
     "npu/02_findings.ipynb",
     "npu/03_validate.ipynb",

@@ -38,7 +38,7 @@ def prepare(
         str,
         typer.Option(
             help="quality_mix, stratified, balanced, quotas, random, or coverage (with --model).",
-            autocompletion=words_of("data.sample", "SELECTION_STRATEGIES"),
+            autocompletion=words_of("data.dataset", "STRATEGIES"),
         ),
     ] = "quality_mix",
     model: Annotated[
@@ -60,7 +60,7 @@ def prepare(
     ] = "copy",
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep one image of each group of near-duplicates.")] = False,
     against: Annotated[
-        Path | None, typer.Option(help="A validation folder: images that are also there are never chosen.")
+        Path | None, typer.Option(help="A validation folder: images and copies of what is there are never chosen.")
     ] = None,
     scores: Annotated[
         Path | None,
@@ -103,7 +103,7 @@ def prepare(
 
 def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None):
     """The name of a strategy, or the one that runs a model."""
-    from calib_nb.data.sample import SELECTION_STRATEGIES
+    from calib_nb.data.dataset import STRATEGIES
 
     if name == "coverage":
         if model is None:
@@ -113,7 +113,7 @@ def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | 
         return coverage(model, config, quotas=_shares(quotas))
     if model or config or quotas:
         raise InputError(f"--model, --config or --quotas with strategy {name}", fix="take --strategy coverage")
-    return require_known(name, [*SELECTION_STRATEGIES, "coverage"], "strategy")
+    return require_known(name, STRATEGIES, "strategy")
 
 
 def _shares(text: str | None) -> dict[str, float] | None:
