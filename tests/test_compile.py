@@ -228,7 +228,18 @@ def test_the_loop_goes_on_from_the_checkpoint_and_chooses_only_by_numbers(place,
     from calib_nb.cli import main
 
     stand_in(DIAGNOSED + "\nprint('SQNR:', 25 if 'ema' in args else 20)")
-    line = "compile --model model.onnx --config c.json --output out --diagnose --opt-level 1".split()
+    line = [
+        "compile",
+        "--model",
+        "model.onnx",
+        "--config",
+        "c.json",
+        "--output",
+        "out",
+        "--diagnose",
+        "--opt-level",
+        "1",
+    ]
     os.rename("my model.onnx", "model.onnx")
     assert main(line) == 0
     shown = capsys.readouterr().out

@@ -131,13 +131,12 @@ def plot_sample(sample: CheckedImage, color: str = "BGR", axes=None):
     planes = (
         sample.tensor.reshape(sample.tensor.shape[1], -1) if sample.tensor.ndim == 4 else sample.tensor.reshape(1, -1)
     )
-    paint = {"R": "tab:red", "G": "tab:green", "B": "tab:blue"}
+    paint = {"R": ("tab:red", "-"), "G": ("tab:green", "--"), "B": ("tab:blue", ":")}  # told apart without colours, too
     names = list(color) if color in ("BGR", "RGB") and len(planes) == 3 else [f"c{i}" for i in range(len(planes))]
     bins = np.linspace(float(planes.min()), float(planes.max()) + 1e-6, 41)
     for name, plane in zip(names, planes):
-        axes[2].stairs(
-            np.histogram(plane, bins)[0] / plane.size * 100, bins, color=paint.get(name, "tab:gray"), label=name
-        )
+        shade, style = paint.get(name, ("tab:gray", "-"))
+        axes[2].stairs(np.histogram(plane, bins)[0] / plane.size * 100, bins, color=shade, linestyle=style, label=name)
     axes[2].set(xlabel="value in the tensor", ylabel="pixels (%)")
     axes[2].legend(frameon=False, fontsize=8)
     return axes
