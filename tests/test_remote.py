@@ -5,6 +5,7 @@ import http.server
 import os
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from calib_nb.core import remote  # noqa: E402
 from calib_nb.core.errors import ImageError, InputError  # noqa: E402
 from calib_nb.core.remote import file_key, join, read_ahead, read_far, sha256_far  # noqa: E402
 from calib_nb.core.run import sha256_file  # noqa: E402
+from calib_nb.data.audit import audit_folder  # noqa: E402
 from calib_nb.data.dataset import prepare  # noqa: E402
 from calib_nb.data.duplicates import hash_images  # noqa: E402
 from calib_nb.data.images import find_images, passed_over, read_image_bytes  # noqa: E402
@@ -143,6 +145,16 @@ def test_what_cannot_be_read_is_one_line(root, photos):
     assert refused.value.reason == "empty"
     with pytest.raises(InputError, match="points outside"):
         join(root, "../000.jpg")
+
+
+@pytest.mark.slow
+def test_commands_read_a_url_that_has_become_a_path(web, photos):
+    root = Path(web.url)
+    assert str(root).startswith("http:/1") and find_images(root) == find_images(photos)
+    assert score_folder(root, progress=False).equals(score_folder(photos, progress=False))
+    far, near = audit_folder(root, progress=False), audit_folder(photos, progress=False)
+    assert far.files.drop(columns="folder", errors="ignore").equals(near.files.drop(columns="folder", errors="ignore"))
+    assert read_image_bytes(root / "day 1" / "ä+&#.jpg") == (photos / "001.jpg").read_bytes()
 
 
 def test_a_root_that_is_not_there_is_one_line(web):
