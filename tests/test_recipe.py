@@ -1,6 +1,8 @@
 """The recipe: guarded, repeatable, whole or absent, and clear about which images judged."""
 
 import json
+import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -38,9 +40,11 @@ def test_a_split_loses_nothing_and_shares_nothing(n, share, seed):
 
 
 @pytest.mark.parametrize("target", PROFILES)
-def test_no_step_is_kept_that_does_not_help(tmp_path, images, target):
+def test_no_step_is_kept_that_does_not_help(tmp_path, images, target, caplog):
     model = network(tmp_path / "float.onnx")
+    caplog.set_level(logging.INFO, "calib_nb")
     recipe = auto(model, images, scale, tmp_path / "int8.onnx", profile=target, progress=False)
+    assert [r.message for r in caplog.records if re.fullmatch(r"the recipe takes about \d+ s", r.message)]
     kept = recipe.steps[recipe.steps.kept].noise.to_numpy()
     assert kept[-1] == recipe.steps.noise.min() and kept[-1] <= kept[0]
     assert recipe.steps.step[0] == "minmax" and list(dict.fromkeys(recipe.steps.step[1:])) == [

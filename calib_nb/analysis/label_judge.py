@@ -124,7 +124,7 @@ class MetricJudge:
     ):
         if not len(task.samples):
             raise InputError("no labelled images to judge by", expected="at least one")
-        self.model, self.task, self.metric = model, task, task.primary
+        self.model, self.task, self.metric, self.images = model, task, task.primary, len(task.samples)
         self.threads, self.resamples, self.progress = threads, resamples, progress
         self._reference = None
 

@@ -30,11 +30,11 @@ from calib_nb.quant.quantize import (
     observe_graph,
     plain_graph,
     save_quantized,
+    split_images,
     tensor_names,
     with_settings,
 )
 from .ranges import RANGE_METHODS, ranges
-from .recipe import split_images
 from .sensitivity import Judge, NoiseMeasure, noise_ratio, noise_shares, outputs_of, preferred, smooth
 from .stats import ActivationStats
 from .weights import quantize_weights

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOOR_DB', 'TRIALS', 'QuantizedModel', 'read_history', 'images_digest', 'plain_graph', 'device_graph', 'tensor_names',
            'observe_graph', 'range_table', 'node_names', 'save_quantized', 'Trial', 'check_runs', 'check_request',
-           'write_int8_model', 'QuantizeOptions', 'with_settings', 'quantize_static']
+           'write_int8_model', 'QuantizeOptions', 'with_settings', 'quantize_static', 'split_images']
 
 # %% ../../nbs/quant/13_quantize.ipynb #cell-2
 import hashlib
@@ -526,3 +526,25 @@ def quantize_static(
     inputs = [network_input(image, preprocess, given.shape(given.inputs[0])) for image in images[:TRIALS]]
     trial = Trial(inputs, outputs_of(given, inputs, threads=1), options.noise)
     return write_int8_model(graph, table, target, output, history, model, float_nodes=nodes, trial=trial)
+
+# %% ../../nbs/quant/13_quantize.ipynb #cell-44
+def split_images(images: Sequence, *, share: float = 0.3, seed: int = 0) -> tuple[list, list]:
+    """Images that set the ranges, and images that judge.
+
+    Args:
+        images: The calibration set, at least two.
+        share: Share of the images that judge, 0 to 1; at least one image goes to either part.
+        seed: Seed of the choice.
+
+    Returns:
+        Both parts, each in the given order.
+
+    Raises:
+        InputError: There are fewer than two images.
+    """
+    if len(images) < 2:
+        fix = "name more calibration images, or a single method"
+        raise InputError(f"{len(images)} images for a recipe", expected="at least 2, better 100", fix=fix)
+    count = min(len(images) - 1, max(1, round(share * len(images))))
+    tuning = set(np.random.default_rng(seed).permutation(len(images))[:count].tolist())
+    return [x for k, x in enumerate(images) if k not in tuning], [x for k, x in enumerate(images) if k in tuning]

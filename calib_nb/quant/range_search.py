@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['range_variants', 'activation_grids', 'TunableNetwork', 'SearchOptions', 'SearchedRanges', 'affordable_runs',
-           'search_ranges']
+           'search_ranges', 'Pace', 'expected_seconds']
 
 # %% ../../nbs/quant/14_range_search.ipynb #cell-2
 import time
@@ -22,7 +22,7 @@ from ..graph.model import Graph, attribute, open_graph
 from .quantize import range_table
 from .sensitivity import NoiseMeasure, Outputs, measured_outputs, noise_ratio, noise_shares
 from .target import Profile
-from .write import write_qdq
+from .write import int8_operators, write_qdq
 
 # %% ../../nbs/quant/14_range_search.ipynb #cell-8
 _FACTORS = (0.5, 0.64, 0.8, 1.25, 1.6)
@@ -404,3 +404,66 @@ def _descend(descent: _Descent, windows: Sequence[Sequence[int]], methods: Seque
                 pass
         bar.update(min(descent.runs, bar.total) - bar.n)
     bar.close()
+
+# %% ../../nbs/quant/14_range_search.ipynb #cell-27
+@dataclass(frozen=True)
+class Pace:
+    """How long a first pass took.
+
+    Args:
+        observe: Seconds to observe the calibration images, the loading of the kernels included.
+        write: Seconds to write an INT8 network.
+        run: Seconds to run it on the images that judge.
+        images: How many these are, at least 1.
+    """
+
+    observe: float = 0.0
+    write: float = 0.0
+    run: float = 0.0
+    images: int = 1
+
+
+_SHARED = 16  # images of a sensitivity pass and of a search for ranges
+_NETWORKS = 192  # of a sensitivity pass, at most
+
+
+def expected_seconds(
+    graph: Graph,
+    profile: Profile,
+    pace: Pace,
+    steps: Collection[str],
+    *,
+    runs: int = 1500,
+    width: int = 3,
+    judged: int = 0,
+) -> float:
+    """How long the steps of a recipe take from here on, from the pace of a first pass.
+
+    Args:
+        graph: The float graph.
+        profile: The target.
+        pace: The first pass.
+        steps: Names of steps of the recipe; AdaRound is not counted.
+        runs: Runs of the search for ranges, for a small network.
+        width: How many plans a repair is tried on.
+        judged: Runs on labelled images.
+
+    Returns:
+        Seconds.
+    """
+    each = pace.run / pace.images
+    measure = pace.write + pace.run
+    normal = any(n.op_type == "LayerNormalization" for n in graph.nodes)
+    plans = {"equalize": 1, "smooth": min(width, 2) * normal, "absorb": 0.5, "bias": min(width, 2)}
+    repaired = sum(plans[step] for step in steps if step in plans)
+    operators = int8_operators(graph, profile)
+    nodes = sum(operators is None or op in operators for op in macs(graph).op if op not in profile.float_operators)
+    seconds = {
+        "float_nodes": (min(nodes, _NETWORKS) * (pace.write + _SHARED * each) + 4 * measure)
+        * (profile.float_nodes > 0),
+        "methods": 10 * measure,
+        "clip": 2 * measure,
+        "ranges": 16 * pace.write + affordable_runs(graph, runs) * each,
+    }
+    chosen = sum(seconds[step] for step in steps if step in seconds)
+    return repaired * (pace.observe / 2 + measure) + chosen + judged * each

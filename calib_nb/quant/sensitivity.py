@@ -103,9 +103,15 @@ def outputs_of(graph: Graph, inputs: Sequence[np.ndarray], *, threads: int = 2) 
 
 # %% ../../nbs/quant/12_sensitivity.ipynb #cell-11
 class Judge(Protocol):
-    """A task's metric on labelled images; a candidate is one network or several, whose metrics are averaged."""
+    """A task's metric on labelled images; a candidate is one network or several, whose metrics are averaged.
+
+    Args:
+        metric: Its name.
+        images: How many images a network runs on.
+    """
 
     metric: str
+    images: int
 
     def score(self, networks: Sequence[Graph]) -> object:
         """What the labelled images say about a candidate, for `value` and `gain`."""
