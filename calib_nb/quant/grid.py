@@ -6,6 +6,7 @@
 __all__ = ['activation_grid', 'codes', 'kernel_rows', 'bias_floor', 'weight_grid', 'bias_grid']
 
 # %% ../../nbs/quant/07_grid.ipynb #cell-2
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ def codes(values: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray
     info = np.iinfo(zero.dtype)
     return np.clip(np.rint(np.asarray(values, np.float64) / scale) + zero, info.min, info.max).astype(zero.dtype)
 
-# %% ../../nbs/quant/07_grid.ipynb #cell-17
+# %% ../../nbs/quant/07_grid.ipynb #cell-19
 def kernel_rows(weight: np.ndarray, groups: int = 1) -> np.ndarray | None:
     """Lay weights out in the order in which an integer kernel multiplies neighbours.
 
@@ -86,10 +87,33 @@ def _neighbour_scale(rows: np.ndarray) -> np.ndarray:
     up, down = (np.maximum(signed, 0).sum(2).max(1, initial=0) for signed in (pairs, -pairs))
     return np.maximum(up, down) / 127
 
-# %% ../../nbs/quant/07_grid.ipynb #cell-21
+# %% ../../nbs/quant/07_grid.ipynb #cell-23
 def bias_floor(bias: np.ndarray, input_scale: float) -> np.ndarray:
     """Least weight scale at which `bias` [output channel] takes no more than 31 of its 32 bits, float64."""
     return np.abs(np.asarray(bias, np.float64)) / (float(input_scale) * 2**30)
+
+
+_KNOWN: dict[tuple, tuple[np.ndarray, ...]] = {}  # by content: a recipe writes the same weights a hundred times
+_MANY = 4096  # weights that are remembered; only their scales are
+
+
+def _scales(weight: np.ndarray, axis: int, profile, rows: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Scale, zero point and largest weight of each slice, and the least scale at which no neighbours overflow."""
+    digest = hashlib.blake2b(np.ascontiguousarray(weight), digest_size=16).digest()
+    held = rows is not None and profile.avx2_safe and profile.weight_symmetric
+    form = weight.shape, weight.dtype.str, rows.shape if held else None
+    key = digest, axis, form, profile.weight_per_channel, profile.weight_symmetric
+    if key not in _KNOWN:
+        if not np.isfinite(weight).all():
+            raise InputError("a weight is NaN or infinite", expected="finite weights", fix="check the float model")
+        axis = axis if profile.weight_per_channel else None
+        scale, zero = weight_scale(weight, axis, symmetric=profile.weight_symmetric)
+        slices = np.abs(weight if axis is None else np.moveaxis(weight, axis, 0)).reshape(scale.size, -1)
+        neighbours = _neighbour_scale(rows) if held else np.zeros(scale.size)
+        if len(_KNOWN) >= _MANY:
+            _KNOWN.clear()
+        _KNOWN[key] = scale, zero.astype(np.int8), slices.max(1), neighbours if axis is not None else neighbours.max()
+    return _KNOWN[key]
 
 
 def weight_grid(
@@ -116,23 +140,18 @@ def weight_grid(
     """
     if profile.weight_bits != 8:
         raise InputError(f"profile {profile.name}: {profile.weight_bits}-bit weights", expected="8 bits")
-    if not np.isfinite(weight).all():
-        raise InputError("a weight is NaN or infinite", expected="finite weights", fix="check the float model")
+    scale, zero, largest, neighbours = _scales(weight, axis, profile, rows)
     axis = axis if profile.weight_per_channel else None
-    scale, zero = weight_scale(weight, axis, symmetric=profile.weight_symmetric)
-    shape, own, zero = scale.shape, scale.ravel(), zero.astype(np.int8)
-    largest = np.abs(weight if axis is None else np.moveaxis(weight, axis, 0)).reshape(len(own), -1).max(1)
+    shape, own = scale.shape, scale.ravel()
     need = np.full(len(own), np.max(floor)) if axis is None else np.broadcast_to(floor, len(own))
     alive, empty = largest > 0, np.where(need > 0, need, 1.0)
-    if rows is not None and profile.avx2_safe and profile.weight_symmetric:
-        neighbours = _neighbour_scale(rows)
-        need = np.maximum(need, neighbours if axis is not None else neighbours.max())
+    need = np.maximum(need, neighbours)
     # a coarse grid in use is divided, because the bias would suffer from it
     finer = np.floor(own / np.maximum(np.maximum(largest / 127, need), _SMALLEST) + 1e-9)
     own = np.where(alive, np.where(finer >= 1, own / np.maximum(finer, 1), np.maximum(own, need)), empty)
     own = np.maximum(own, _SMALLEST).astype(np.float32)
     flat = (-1,) if axis is not None else ()
-    return codes(weight, own.reshape(shape), zero), own.reshape(flat), zero.reshape(flat)
+    return codes(weight, own.reshape(shape), zero), own.reshape(flat), zero.reshape(flat).copy()
 
 
 def bias_grid(bias: np.ndarray, input_scale: float, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
