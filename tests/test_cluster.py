@@ -356,3 +356,21 @@ def test_a_worker_that_joins_late_gets_work():
 def where_it_ran(x: int) -> int:
     time.sleep(0.05)
     return os.getpid()
+
+
+@pytest.mark.slow
+def test_quantize_on_a_cluster_writes_the_same_bytes(photos, tmp_path):
+    from calib_nb.cli import main
+    from calib_nb.graph.fixed import fix_batch
+
+    model = fix_batch(demo_embedder(), tmp_path / "model.onnx")
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted(photos.glob("[0-3]*.jpg"))[:16]:
+        (images / path.name).write_bytes(path.read_bytes())
+    config = ["--model-type", "edgeface", "--dataset-path", str(images), "--model", str(model)]
+    assert main(["config", *config, "--output-path", str(tmp_path / "c.json"), "--calibration-num", "16"]) == 0
+    line = ["quantize", "--model", str(model), "--config", str(tmp_path / "c.json"), "--method", "minmax", "--output"]
+    assert main([*line, str(tmp_path / "near.onnx")]) == 0
+    assert main([*line, str(tmp_path / "far.onnx"), "--cluster", "local:2"]) == 0
+    assert (tmp_path / "far.onnx").read_bytes() == (tmp_path / "near.onnx").read_bytes()
