@@ -214,7 +214,7 @@ class _Search:
         """How long some steps take, in words."""
         judged = self.options.judge.images * _CANDIDATES if self.options.judge else 0
         seconds = expected_seconds(self.first.graph, self.target, self.pace, steps, runs=self.runs, judged=judged)
-        return f"the recipe takes about {seconds:.0f} s"
+        return f"the recipe takes about {max(seconds, 1):.0f} s"
 
     def measure(self, plan: Plan, step: str, detail: str, on: _Tried | None = None) -> _Tried:
         """A plan that was made of another one, with its noise and a row in the table."""
