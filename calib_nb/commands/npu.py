@@ -157,7 +157,7 @@ def config(
         ),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="ONNX file: input name and shape are read from it.")] = None,
-    calibration_num: Annotated[int, typer.Option(min=1, help="Number of calibration images.")] = 100,
+    calibration_num: Annotated[int | None, typer.Option(min=1, help="Images (default: all, at most 100).")] = None,
     calibration_method: Annotated[
         str,
         typer.Option(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DX_COM_METHODS', 'CALIBRATION_METHODS', 'TARGETS', 'COMPILER_EXTENSIONS', 'Side', 'Text', 'Positive', 'ConfigStep',
-           'Share', 'Rate', 'Loader', 'Alpha', 'AlphaBeta', 'Samples', 'EnhancedScheme', 'QMaster', 'Ppu',
-           'CompilerConfig', 'read_config_json', 'load_config', 'save_config', 'config_preprocess', 'dataset_folder',
-           'config_images', 'read_target', 'check_method', 'generate_config', 'check_input']
+           'Share', 'Rate', 'USUAL_SAMPLES', 'Loader', 'Alpha', 'AlphaBeta', 'Samples', 'EnhancedScheme', 'QMaster',
+           'Ppu', 'CompilerConfig', 'read_config_json', 'load_config', 'save_config', 'config_preprocess',
+           'dataset_folder', 'config_images', 'read_target', 'check_method', 'fit_samples', 'generate_config',
+           'check_input']
 
 # %% ../../nbs/npu/01_config.ipynb #cell-2
 import os
@@ -25,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..core.errors import ConfigError, InputError, counted, require_known
+from ..core.errors import CalibError, ConfigError, InputError, counted, require_known
 from ..core.run import contained, read_json, write_json
 from ..data.images import EXTENSIONS, find_images
 from ..data.operations import MOST_MEGAPIXELS, Operation, Resize, explain
@@ -434,6 +435,18 @@ def check_method(method: str, target: str) -> str:
     return method
 
 
+USUAL_SAMPLES = 100
+
+
+def fit_samples(config: CompilerConfig) -> CompilerConfig:
+    """The config with no more samples than its folder holds, where the folder is on this machine."""
+    try:
+        count = len(config.images)
+    except CalibError:  # for the compiler's machine
+        return config
+    return config.model_copy(update={"calibration_num": min(count, config.calibration_num)})
+
+
 def generate_config(
     model_type: str,
     dataset_path: object,
@@ -441,7 +454,7 @@ def generate_config(
     model: str | Path | None = None,
     input_name: str | None = None,
     input_size: tuple[int, int] | None = None,
-    calibration_num: int = 100,
+    calibration_num: int | None = None,
     calibration_method: str = "ema",
     target: str = "npu",
 ) -> CompilerConfig:
@@ -453,7 +466,7 @@ def generate_config(
         model: ONNX file; input name and shape are read from it.
         input_name: Name of the input, when there is no model.
         input_size: Width and height in pixels, when there is no model.
-        calibration_num: Number of samples.
+        calibration_num: Number of samples; default: all images of the folder, at most `USUAL_SAMPLES`.
         calibration_method: One of `CALIBRATION_METHODS`.
         target: As in `read_target`.
 
@@ -472,7 +485,7 @@ def generate_config(
     raw = {
         "inputs": {input_name or "input": [1, 3, height, width]},
         "calibration_method": calibration_method,
-        "calibration_num": calibration_num,
+        "calibration_num": USUAL_SAMPLES if calibration_num is None else calibration_num,
         "default_loader": {
             "dataset_path": str(getattr(dataset_path, "path", dataset_path)),
             "file_extensions": list(COMPILER_EXTENSIONS),
@@ -480,10 +493,11 @@ def generate_config(
         },
     }
     try:
-        return CompilerConfig.model_validate(raw)
+        config = CompilerConfig.model_validate(raw)
     except ValidationError as e:
         faults = "; ".join(f"{f.where}: {f.what}" for f in explain(e, CompilerConfig))
         raise ConfigError(faults, fix="correct the option") from e
+    return config if calibration_num is not None else fit_samples(config)
 
 
 def check_input(model: str | Path, name: str | None, size: tuple[int, int] | None) -> TensorSpec:

@@ -20,7 +20,7 @@ from ..graph.contract import ModelContract, open_session, read_contract, single_
 from ..graph.fixed import require_runs
 from ..graph.model import Graph, attribute
 from ..graph.simplify import fold_constants
-from .config import COMPILER_EXTENSIONS, CompilerConfig, check_method
+from .config import COMPILER_EXTENSIONS, USUAL_SAMPLES, CompilerConfig, check_method, fit_samples
 from .findings import Finding, recognise
 
 # %% ../../nbs/npu/14_input_probe.ipynb #cell-7
@@ -346,7 +346,7 @@ def propose_config(
     *,
     answers: InputAnswers = InputAnswers(),
     proposal: InputProposal | None = None,
-    calibration_num: int = 100,
+    calibration_num: int | None = None,
     calibration_method: str = "ema",
     target: str = "npu",
 ) -> CompilerConfig:
@@ -357,7 +357,7 @@ def propose_config(
         dataset_path: Folder of the calibration images, written as given.
         answers: What a person says of the input.
         proposal: What `propose_input` said; default: asked now.
-        calibration_num: Number of samples.
+        calibration_num: Number of samples; default: all images of the folder, at most `USUAL_SAMPLES`.
         calibration_method: One of `CALIBRATION_METHODS`.
         target: As in `read_target`.
 
@@ -377,9 +377,9 @@ def propose_config(
         "preprocessings": input_chain(proposal or propose_input(model), answers).to_list(),
     }
     raw = {"inputs": {spec.name: list(spec.shape)}, "default_loader": loader}
-    return CompilerConfig.model_validate(
-        raw | {"calibration_method": calibration_method, "calibration_num": calibration_num}
-    )
+    number = USUAL_SAMPLES if calibration_num is None else calibration_num
+    config = CompilerConfig.model_validate(raw | {"calibration_method": calibration_method, "calibration_num": number})
+    return config if calibration_num is not None else fit_samples(config)
 
 # %% ../../nbs/npu/14_input_probe.ipynb #cell-22
 def check_preset(model_type: str, proposal: InputProposal) -> list[Finding]:
