@@ -16,6 +16,7 @@ from calib_nb.api import face_vectors
 from calib_nb.core import parallel
 from calib_nb.core.parallel import parallel_map
 from calib_nb.data.audit import audit_folder
+from calib_nb.data.copies import shared_pictures
 from calib_nb.data.duplicates import hash_images
 from calib_nb.data.images import decode
 from calib_nb.data.score import score_folder
@@ -54,6 +55,11 @@ def look_for_vectors(folder):
     return face_vectors(folder, [p.name for p in paths_in(folder)], Embedder(demo_embedder()), progress=False)
 
 
+def look_for_copies(folder):
+    names = [p.name for p in paths_in(folder)]
+    return shared_pictures((folder, names), (folder, names[:2]), progress=False)
+
+
 def check_tags(folder):
     tags = folder.parent / "tags"
     if not tags.exists():
@@ -70,6 +76,7 @@ MAPPED = {  # every place of the package that maps a function, and a call that l
     "api.face_vectors": look_for_vectors,
     "core.machine._probe_cluster": lambda folder: list(parallel_map((1).__add__, [1], progress=False)),
     "data.audit._read_folder": lambda folder: audit_folder(folder, progress=False),
+    "data.copies._views_of": look_for_copies,
     "data.duplicates.hash_images": lambda folder: hash_images(folder, [p.name for p in paths_in(folder)]),
     "data.score.score_folder": lambda folder: score_folder(folder, progress=False),
     "depth.metadata.metadata": lambda folder: metadata(cached_ncdb().root, "val_split.json", progress=False),
