@@ -2,10 +2,12 @@
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -121,10 +123,26 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_quiet_shows_no_progress(images, tmp_path):
     line = f"prepare --source-dir {images} --output-dir set --num-samples 10"
-    env = {"cwd": tmp_path, "env": os.environ | PLAIN | {"TQDM_DISABLE": ""}, "capture_output": True, "text": True}
-    # Real processes: bars read the environment when they are imported.
-    loud, quiet = (subprocess.run([*SHELL, *f"{line} {more}".split()], **env) for more in ("", "--quiet --overwrite"))
-    assert loud.returncode == quiet.returncode == 0 and "image/s" in loud.stderr and quiet.stderr == ""
+    plain = os.environ | PLAIN | {"TQDM_DISABLE": ""}
+
+    def terminal(more: str) -> str:
+        """What a terminal shows as standard error."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(ours, (24, 100))
+        # A real process: bars read the environment when they are imported.
+        result = subprocess.run(
+            [*SHELL, *f"{line} {more}".split()], cwd=tmp_path, env=plain, stdout=subprocess.PIPE, stderr=theirs
+        )
+        os.write(theirs, b"|end")
+        text = b""
+        while not text.endswith(b"|end"):
+            text += os.read(ours, 65536)
+        os.close(theirs)
+        os.close(ours)
+        assert result.returncode == 0, text
+        return text.decode().removesuffix("|end")
+
+    assert "image/s" in terminal("") and terminal("--quiet --overwrite") == ""
 
 
 def test_prepare_twice_gives_the_same_bytes(images, tmp_path):
