@@ -8,6 +8,8 @@ READY := .venv/.ready$(if $(PYTHON),-$(subst /,_,$(PYTHON)))
 # What ruff formats: all that people write. calib_nb/ is written by nbdev.
 WRITTEN := nbs tests .ci setup.py hubconf.py
 PYTEST := $(BIN)/python -m pytest tests
+# Three on two cores, since some tests wait for processes that they stopped.
+WORKERS := $(shell python3 -c "import os; print(min(4, (os.cpu_count() or 2) * 3 // 2))" 2>/dev/null || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE = 1
 
@@ -33,7 +35,7 @@ docs: $(READY)  ## notebooks, API and guides as a site, in outputs/docs
 
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
-	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal \
+	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal \
 	    --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
 	@echo "== all checks passed; the log is $(CURDIR)/outputs/test/log.txt"
 

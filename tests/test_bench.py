@@ -190,6 +190,7 @@ def test_a_file_of_fixed_batch_gives_the_same(small, tmp_path):
     assert not np.allclose(flipped, plain, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_stopped(small, tmp_path):
     words = [*command(small, tmp_path), "--batch-size", "4", "--num-workers", "1"]
     code = "import sys; from calib_nb.cli import main; sys.exit(main(sys.argv[1:]))"

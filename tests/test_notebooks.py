@@ -42,24 +42,31 @@ EXACT = (
     "tags/07_config.ipynb",
     "index.ipynb",
 )
-# Notebooks of seven seconds and more run among the slow tests; the tests beside them hold the same steps in quick ones.
+# Notebooks of six seconds and more run among the slow tests; the tests beside them hold the same steps in quick ones.
 LONG = {
     "01_front_door.ipynb": "test_front_door.py",
     "02_report.ipynb": "test_reports.py",
     "03_cli.ipynb": "test_cli.py",
     "04_batch.ipynb": "test_batch.py",
+    "commands/02_npu.ipynb": "test_config.py",
     "commands/03_quant.ipynb": "test_cli.py",
     "commands/04_faces.ipynb": "test_bench.py",
     "commands/05_depth.ipynb": "test_depth_data.py",
     "commands/06_depth_model.ipynb": "test_depth_model.py",
     "commands/07_tags.ipynb": "test_tags_train.py",
     "core/12_cluster.ipynb": "test_cluster.py",
+    "depth/01_demo_drawings.ipynb": "test_depth_data.py",
+    "depth/06_analyze.ipynb": "test_depth_data.py",
     "depth/10_train.ipynb": "test_depth_model.py",
     "depth/11_unequal.ipynb": "test_depth_ablation.py",
     "depth/14_ablation.ipynb": "test_depth_ablation.py",
     "faces/13_edgeface.ipynb": "test_edgeface.py",
     "faces/18_bench.ipynb": "test_bench.py",
     "explore/03_images.ipynb": "test_explore.py",
+    "nets/05_pte.ipynb": "test_tags_export.py",
+    "quant/19_harden.ipynb": "test_harden.py",
+    "tags/10_evaluate.ipynb": "test_tags_train.py",
+    "tags/12_export.ipynb": "test_tags_export.py",
 }
 
 

@@ -26,7 +26,6 @@ from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.report import list_reports, report_notebook, report_parameters, run_path, run_report
 
 NAMES = list(list_reports().index)
-SLOW = [pytest.param(name, marks=() if name == "npu-config" else pytest.mark.slow) for name in NAMES]
 # Their steps run in the notebooks of faces, depth, tags, training and commands, too.
 LONG = ("depth", "edgeface", "face-alignment", "face-training", "tags", "yunet")
 WHOLE = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES]
@@ -166,7 +165,8 @@ def test_the_same_parameters_give_the_same_metrics_byte_for_byte(name, root, tmp
     assert (again.folder / "metrics.csv").read_bytes() == first.read_bytes()
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_report_runs_bare_under_papermill(name, tmp_path):
     given = QUICK.get(name, {}) | {"name": "bare"}
     options = [word for key, value in given.items() for word in ("-p", key, str(value))]

@@ -67,12 +67,13 @@ def three_layers() -> nn.Sequential:
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [
         {},
-        pytest.param({"per_channel": False}, marks=pytest.mark.slow),
-        pytest.param({"weight_bits": 4}, marks=pytest.mark.slow),
+        {"per_channel": False},
+        {"weight_bits": 4},
     ],
 )
 def test_a_pte_with_lsq_is_within_one_step_of_torch_on_every_image(steps, tmp_path):
