@@ -79,13 +79,19 @@ def linked(text: str, path: Path) -> str:
 
 
 def pictured(text: str, path: Path) -> str:
-    """An output without pictures that lay beside it when the notebook ran, and lie there no more: their names stay."""
+    """An output without pictures and files that lay beside it when the notebook ran, and lie there no more."""
+
+    def there(target: str) -> bool:
+        return bool(re.match(r"\w+:|#", target)) or (path.parent / target).exists()
 
     def picture(found: re.Match) -> str:
-        there = re.match(r"\w+:", found[2]) or (path.parent / found[2]).exists()
-        return found[0] if there else f"({found[1] or found[2]})"
+        return found[0] if there(found[2]) else f"({found[1] or found[2]})"
+
+    def words(found: re.Match) -> str:
+        return found[0] if there(found[1]) else found[2]
 
     text = re.sub(r"!?\[([^\]]*)\]\(([^()\s]+)\)", picture, text)
+    text = re.sub(r"<a\b[^>]*\bhref=\"([^\"]+)\"[^>]*>(.*?)</a>", words, text, flags=re.S)
     return re.sub(r"<img()[^>]*\bsrc=\"([^\"]+)\"[^>]*>", picture, text)
 
 
