@@ -18,12 +18,13 @@ import pandas as pd
 from ..core.cache import cached
 from ..core.errors import InputError
 from ..data.images import decode
-from ..data.preprocess import preset
+from ..data.preprocess import Preprocess, preset
 from ..depth.demo import demo_depth
 from ..depth.frames import Frames, read_frames
 from ..depth.metrics import Scoring, depth_metrics, output_depth, require_depth_network, scored_pixels
 from .pictures import BLUE, ORANGE, Plot, jpeg, picture_svg, stack_svg
 from ..graph.contract import open_session, read_contract, single_input
+from ..npu.config import load_config
 from ..quant.observe import network_input
 from ..quant.quantize import quantize_static
 
@@ -50,19 +51,26 @@ class DepthStudy:
         frames: The frames.
         models: ONNX files by name.
         scoring: How depth is scored.
+        preprocess: Images to inputs; default: the preset for depth.
 
     Raises:
         ModelError: A file is no depth network.
     """
 
-    def __init__(self, frames: Frames, models: dict[str, str | Path], scoring: Scoring = Scoring()):
+    def __init__(
+        self,
+        frames: Frames,
+        models: dict[str, str | Path],
+        scoring: Scoring = Scoring(),
+        preprocess: Preprocess | None = None,
+    ):
         for path in models.values():
             require_depth_network(path)
-        self.frames, self.scoring, self.known = frames, scoring, {}
+        self.frames, self.models, self.scoring, self.known = frames, dict(models), scoring, {}
         self.sessions = {name: open_session(path, 1) for name, path in models.items()}
         first = next(iter(models.values()))
         self.shape = tuple(single_input(read_contract(first)).shape)
-        self.chain = preset("depth", size=(self.shape[3], self.shape[2]))
+        self.chain = preprocess or preset("depth", size=(self.shape[3], self.shape[2]))
 
     def maps(self, number: int) -> FrameMaps:
         """Run the networks on a frame; the last twenty frames are kept."""
@@ -72,7 +80,10 @@ class DepthStudy:
             for name, session in self.sessions.items():
                 outputs = session.run(None, {session.get_inputs()[0].name: x})
                 named = {o.name: a for o, a in zip(session.get_outputs(), outputs, strict=True)}
-                predictions[name] = output_depth(named, truth.shape, self.scoring)
+                depth, counts = output_depth(named, truth.shape, self.scoring), scored_pixels(truth, self.scoring)
+                if self.scoring.median_scaling and counts.any() and (middle := np.median(depth[counts])) > 0:
+                    depth = depth * (np.median(truth[counts]) / middle)
+                predictions[name] = depth
             while len(self.known) >= 20:
                 self.known.pop(next(iter(self.known)))
             self.known[number] = FrameMaps(image, truth, predictions)
@@ -205,7 +216,13 @@ def frame_svg(maps: FrameMaps, scale: float, scoring: Scoring = Scoring(), width
 
 
 def explore_depth(
-    model: str | Path = "", int8: str | Path = "", root: str | Path = "", split: str = "train_split.json"
+    model: str | Path = "",
+    int8: str | Path = "",
+    root: str | Path = "",
+    split: str = "train_split.json",
+    *,
+    config: str | Path = "",
+    scoring: Scoring = Scoring(),
 ):
     """Look at depth maps in a notebook.
 
@@ -214,6 +231,8 @@ def explore_depth(
         int8: Its INT8 file; "" without one.
         root: Root of an NCDB data set.
         split: Split file, relative to the root.
+        config: The compiler's config, for the preprocessing; "" for the preset.
+        scoring: How depth is scored: what the network gives, and whether it is scaled to the median.
 
     Returns:
         An `Explorer`; `maps` holds the frame that is shown. What cannot be used is one line in it.
@@ -226,7 +245,8 @@ def explore_depth(
         if not str(root):
             raise InputError("no frames", expected="the root of an NCDB data set", fix="name it: root=...")
         files = {"float": model} | ({"INT8": int8} if str(int8) else {})
-        return _explorer()(DepthStudy(read_frames(root, split), files))
+        chain = load_config(config).preprocess if str(config) else None
+        return _explorer()(DepthStudy(read_frames(root, split), files, scoring, chain))
 
     return open_explorer("depth", make)
 
