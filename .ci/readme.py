@@ -15,7 +15,11 @@ root = Path(__file__).resolve().parents[1]
 CODE = re.compile(r"^```\w+\n(?:[^\n]*\n)*?```$|(?:^ {4}\S[^\n]*\n)+", re.M)
 TABLE = re.compile(r"(?:^\|[^\n]*\|\n)+", re.M)
 HANGUL = re.compile("[가-힣]")
-METRICS = {"accuracy, LFW": "정확도, LFW", " to ": " ~ "}
+METRICS = {
+    "accuracy, LFW": "정확도, LFW",
+    "(lower is better)": "(낮을수록 좋음)",
+    "not measurable": "측정 불가",
+}
 FOLDERS = {
     "nbs": "여기서 시작: 둘러보기, Python API, 보고서, 명령줄",
     "core": "오류, 실행 폴더, 병렬 처리, 모델 목록, 캐시, 시드",
@@ -60,7 +64,7 @@ def translated(cell: str) -> str:
         return folder[0] + FOLDERS[folder[1]]
     for english, korean in METRICS.items():
         cell = cell.replace(english, korean)
-    return cell
+    return re.sub(r"(?<=\d) to (?=-?\d)", " ~ ", cell)
 
 
 def merged(korean: str, english: str) -> str:

@@ -3,16 +3,20 @@
 import contextlib
 import hashlib
 import http.server
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import calib_nb
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.models import MODELS, ModelFile, fetch_model, find_models, models_root, verify_models
 
@@ -185,3 +189,25 @@ def test_the_command(tmp_path, capsys):
     assert main(["models", "fetch", "scrdf", "--folder", str(tmp_path)]) == 2
     assert "did you mean 'scrfd'" in capsys.readouterr().err
     assert main(["models", "--folder", str(tmp_path)]) == 2 and "calib-nb models --help" in capsys.readouterr().err
+
+
+def test_measured_rows_as_people_read_them():
+    from calib_nb.commands.models import _measurements, _numerics
+
+    table = _measurements()
+    assert list(_numerics(["yunet"])["in INT8"]) == [f"{s:.1f} %" for s in table.int8_share[table.model == "YuNet"]]
+    older = table.drop(columns="int8_share")
+    older.loc[older.model == "YuNet", "latency_ratio"] = float("nan")  # its spread hid the difference
+    (row,) = _numerics(["yunet"], older).to_dict("records")
+    assert (row["in INT8"], row["ms"]) == ("", "not measurable")
+    (depth,) = _numerics(["rtmonodepth"]).to_dict("records")
+    assert float(depth["drop"].split()[0]) == pytest.approx(float(depth["INT8"]) - float(depth["float"]), abs=0.02)
+    assert depth["ms"] == "" and depth["target"] == "per-tensor-npu"  # a processor's time says nothing about an NPU
+
+
+def test_the_benchmark_writes_the_columns_that_are_read():
+    notebook = json.loads((Path(calib_nb.__file__).parents[1] / "nbs" / "benchmarks" / "real_models.ipynb").read_text())
+    rows = next("".join(c["source"]) for c in notebook["cells"] if "rows.append(" in "".join(c["source"]))
+    from calib_nb.commands.models import _measurements
+
+    assert [name for name in re.findall(r'^            "(\w+)":', rows, re.M)] == list(_measurements().columns)

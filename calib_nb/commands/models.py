@@ -88,11 +88,9 @@ _MEASURED = {  # published name: the network's name in the table
     "yunet": "YuNet",
     "edgeface-xxs": "EdgeFace-XXS",
     "edgeface-xs": "EdgeFace-XS",
+    "rtmonodepth": "RT-MonoDepth-S",
+    "fastestdet": "FastestDet",
 }
-_HOW = (
-    "measured on 2026-11-21 on a PC of two cores, AVX2 without VNNI, by nbs/benchmarks/real_models.ipynb\n"
-    "drop: points of the metric, with its 95 % interval; time / float: INT8 over float on that PC, for ort-cpu only"
-)
 
 
 def _measurements():
@@ -107,16 +105,36 @@ def _measurements():
     return pd.read_csv(checkout if checkout.is_file() else str(files("calib_nb.benchmarks") / "real_models.csv"))
 
 
-def _numerics(names: list[str]):
+def _how(table) -> str:
+    """When and where the rows were measured, and how the columns are read."""
+    by = "nbs/benchmarks/real_models.ipynb"
+    when = "; ".join(f"measured on {day}, {machine}" for day, machine in sorted({*zip(table.date, table.machine)}))
+    return (
+        f"{when}, by {by}\n"
+        "drop: points of the metric, with its 95 % interval; in INT8: share of the multiply-accumulates\n"
+        "ms: one image in float and INT8 on that machine, two threads, for ort-cpu only, and INT8 over float"
+    )
+
+
+def _milliseconds(row: dict) -> str:
+    """Time of one image in float and INT8; "" for a target that is not this processor."""
+    if row["target"] != "ort-cpu":
+        return ""
+    ratio = row["latency_ratio"]
+    return "not measurable" if ratio != ratio else f"{row['float_ms']:.2f} -> {row['int8_ms']:.2f} ({ratio:.2f})"
+
+
+def _numerics(names: list[str], table=None):
     """Rows of the table for these published names, in words and units for people."""
     import pandas as pd
 
-    table = _measurements()
+    table = _measurements() if table is None else table
     rows = []
     for name in names:
         for row in table[table.model == _MEASURED[name]].to_dict("records"):
             theirs = "" if pd.isna(row["onnxruntime"]) else f"{row['onnxruntime']:.2f}"
-            drop = f"{row['float'] - row['int8']:.2f} ({row['drop_low']:.2f} to {row['drop_high']:.2f})"
+            drop = f"{row['drop']:.2f} ({row['drop_low']:.2f} to {row['drop_high']:.2f})"
+            share = row.get("int8_share", float("nan"))
             rows.append(
                 {
                     "model": name,
@@ -127,7 +145,8 @@ def _numerics(names: list[str]):
                     "INT8": f"{row['int8']:.2f}",
                     "drop": drop,
                     "MB": f"{row['float_mb']:.2f} -> {row['int8_mb']:.2f}",
-                    "time / float": f"{row['latency_ratio']:.2f}" if row["target"] == "ort-cpu" else "",
+                    "in INT8": "" if pd.isna(share) else f"{share:.1f} %",
+                    "ms": _milliseconds(row),
                 }
             )
     return pd.DataFrame(rows)
@@ -147,14 +166,14 @@ def info(name: Annotated[str, typer.Argument(help="A name of `calib-nb models li
     typer.echo(f"{model.name}: {model.file}, {model.size / 1e6:.2f} MB, {model.licence}, from {model.source}")
     typer.echo(f"input: {model.input or 'see the source'}")
     if name in _MEASURED:
-        typer.echo(f"\n{text_table(_numerics([name]))}\n{_HOW}")
+        typer.echo(f"\n{text_table(_numerics([name]))}\n{_how(_measurements())}")
     else:
         typer.echo(f"what INT8 costs it was not measured; measured are {', '.join(_MEASURED)}")
 
 
 @app.command(epilog="Example: calib-nb models numerics")
 def numerics():
-    """All measured networks and targets in one table: metric in float and INT8, drop, size and time."""
+    """All measured networks and targets in one table: metric in float and INT8, drop, size, share in INT8 and time."""
     from calib_nb.report import text_table
 
-    typer.echo(f"{text_table(_numerics(list(_MEASURED)))}\n{_HOW}")
+    typer.echo(f"{text_table(_numerics(list(_MEASURED)))}\n{_how(_measurements())}")
