@@ -288,7 +288,11 @@ def test_layers(chromium, lab, home):
     page.wait_for_function(
         "d => document.querySelectorAll('.calib-figure path')[1].getAttribute('d') !== d", arg=before
     )
-    page.locator(".calib-table th", has_text="SQNR").click()
+    head = page.locator(".calib-table th", has_text="SQNR")
+    head.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending" and "SQNR" in page.evaluate(
+        "document.activeElement.textContent"
+    )
     numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(5)").all_inner_texts()]
     assert numbers == sorted(numbers)
     times = {"echo": lab.echo()}
@@ -375,6 +379,32 @@ def test_depth(chromium, lab, home):
     lab.show(".jp-OutputArea-output:has(.calib-rates)", "depth")
     record("depth", **times)
     lab.close()
+
+
+def test_a_table_of_a_page_sorts_by_keyboard(chromium, tmp_path):
+    """Tab, Enter and Space alone; a screen reader is told the order, and an eye sees where the focus is."""
+    import pandas as pd
+
+    from calib_nb.core.page import html_page, html_table, save_page
+
+    layers = pd.DataFrame({"layer": ["b", "c", "a"], "SQNR (dB)": [7.5, 141.25, 41.0]})
+    path = save_page(tmp_path / "page.html", html_page("Layers", html_table(layers), sortable=True))
+    page = chromium.new_page()
+    page.goto(path.as_uri())
+    order = page.locator("td:first-child")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    head = page.locator("th:focus")
+    assert head.inner_text().startswith("SQNR") and head.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert order.all_inner_texts() == ["b", "a", "c"] and head.get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Space")
+    assert order.all_inner_texts() == ["c", "a", "b"] and head.get_attribute("aria-sort") == "descending"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    assert order.all_inner_texts() == ["a", "b", "c"]
+    assert [h.get_attribute("aria-sort") for h in page.locator("th").all()] == ["ascending", "none"]
+    page.close()
 
 
 def test_a_path_that_is_wrong_is_one_line(chromium, lab, home):

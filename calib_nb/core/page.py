@@ -77,7 +77,7 @@ def number_texts(values: Sequence[float], *, digits: int = 4) -> list[str]:
 # %% ../../nbs/core/08_page.ipynb #cell-12
 _TABLE = """{% if caption %}<p class="caption">{{ caption }}</p>
 {% endif %}
-<div class="wide"><table><thead><tr>
+<div class="wide"><table{% if heads|length > 9 %} class="dense"{% endif %}><thead><tr>
 {% for head, left in heads %}
 <th{{ left }}>{{ head }}</th>
 {% endfor %}
@@ -130,7 +130,8 @@ def html_table(
             cells = [(blank, "-999", "", "") if pd.isna(v) else (t, f"{v:.9g}", "", "") for v, t in zip(column, texts)]
         else:
             texts = ["" if v is None or v is pd.NA or v != v else _TRUTH.get(v, str(v)) for v in column]
-            cells = [(t or missing.get(name, ""), t, f"t {marks.get(t, '')}".strip(), plain) for t in texts]
+            short = " short" if max(map(len, texts), default=0) <= _SHORT else ""
+            cells = [(t or missing.get(name, ""), t, f"t{short} {marks.get(t, '')}".strip(), plain) for t in texts]
         heads.append((name, aside if cells and cells[0][3] else ""))
         columns.append(cells)
     rows = list(zip(gray, zip(*columns)))
@@ -138,6 +139,7 @@ def html_table(
 
 
 _TRUTH = {True: "yes", False: ""}
+_SHORT = 15  # letters of a text that is not worth a second line
 
 # %% ../../nbs/core/08_page.ipynb #cell-15
 def html_figure(figure, alt: str, *, dpi: int = 192, caption: str = "", width: int = 0):
@@ -209,8 +211,12 @@ figcaption { width: 0; min-width: 100%; padding-top: .25rem; }  /* as wide as it
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #1d27331a; }
 th { border-bottom: 2px solid #1d273355; vertical-align: bottom; line-height: 1.3; }
+th[aria-sort] { cursor: pointer; } th[aria-sort]:focus-visible { outline: 2px solid #0072b2; outline-offset: -2px; }
+th[aria-sort=ascending]::after { content: "\\00a0\\25b4"; } th[aria-sort=descending]::after { content: "\\00a0\\25be"; }
+td { white-space: nowrap; } td.t { white-space: normal; }
+.dense { font-size: .84rem; } .dense th, .dense td { padding: .3rem .45rem; }
 .muted td { background: #1d27330d; }
-td.t, th.t { text-align: left; } td:first-child.t { min-width: 7.5em; }
+td.t, th.t { text-align: left; } td:first-child.t { min-width: 7.5em; } td.short { white-space: nowrap; }
 td.t { max-width: 40rem; overflow-wrap: break-word; }
 caption { text-align: left; color: #526274; padding-bottom: .3rem; }
 pre { background: #f6f8fa; padding: .7rem .9rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
@@ -233,13 +239,18 @@ pre { background: #f6f8fa; padding: .7rem .9rem; overflow-x: auto; border-radius
 """
 _SORT = """
 document.querySelectorAll("th").forEach(head => {
-  let up = false;
-  head.style.cursor = "pointer";
+  head.tabIndex = 0;
+  head.setAttribute("aria-sort", "none");
   head.onclick = () => {
-    up = !up;
-    const body = head.closest("table").tBodies[0], value = row => row.cells[head.cellIndex].dataset.k;
+    const up = head.getAttribute("aria-sort") !== "ascending", body = head.closest("table").tBodies[0];
+    const value = row => row.cells[head.cellIndex].dataset.k;
     const order = (p, q) => { const n = value(p) - value(q); return isNaN(n) ? value(p).localeCompare(value(q)) : n; };
     [...body.rows].sort((p, q) => (up ? 1 : -1) * order(p, q)).forEach(row => body.append(row));
+    for (const other of head.parentNode.cells) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  };
+  head.onkeydown = event => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); head.click(); }
   };
 });
 """
@@ -272,7 +283,8 @@ def html_page(
         title: Title of the page.
         *parts: In their order: plain texts become paragraphs, markup goes in as it is.
         style: CSS that is added to the common style.
-        sortable: Whether a click on a column's head sorts the table; the only script that a page may have.
+        sortable: Whether a click on a column's head, or Enter or Space on it, sorts the table; the only script that a
+            page may have.
         broad: Whether the page is wide enough for a table of twenty columns.
         headed: Whether the title stands at the top; not where the parts bring their own.
 

@@ -125,6 +125,7 @@ _CSS = """
 .calib-table { max-height: 330px; overflow: auto; color: var(--jp-ui-font-color1, #222); font-size: 13px; }
 .calib-table table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .calib-table th { position: sticky; top: 0; z-index: 1; background: var(--jp-layout-color2, #eee); cursor: pointer; }
+.calib-table th:focus-visible { outline: 2px solid #E69F00; outline-offset: -2px; }
 .calib-table th, .calib-table td { padding: 4px 7px; text-align: right; white-space: nowrap; }
 .calib-table .calib-left { text-align: left; max-width: 125px; overflow: hidden; text-overflow: ellipsis; }
 .calib-table tbody tr { cursor: pointer; border-top: 1px solid var(--jp-border-color2, #e0e0e0); }
@@ -168,7 +169,9 @@ function render({ model, el }) {
       image.src = urls[k]; image.alt = captions[k] || ""; node.title = captions[k] || ""; node.tabIndex = 0;
       node.setAttribute("role", "button"); make("figcaption", "", node);
       node.addEventListener("click", () => { model.set("picked", k); model.save_changes(); });
-      node.addEventListener("keydown", (event) => { if (event.key === "Enter") node.click(); });
+      node.addEventListener("keydown", (event) => {
+        if (event.key === "Enter" || event.key === " ") { event.preventDefault(); node.click(); }
+      });
       nodes.push(node);
     });
   };
@@ -245,10 +248,17 @@ function render({ model, el }) {
     for (const column of columns) {
       const cell = make("th", column.left ? "calib-left" : "", line);
       cell.textContent = column.label + (by === column.key ? (falling ? " ▾" : " ▴") : "");
-      cell.title = column.about || "";
+      cell.title = column.about || ""; cell.tabIndex = 0;
+      cell.setAttribute("aria-sort", by !== column.key ? "none" : falling ? "descending" : "ascending");
       cell.addEventListener("click", () => { falling = by === column.key && !falling; by = column.key; draw(); });
+      cell.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault(); event.stopPropagation(); cell.click();
+      });
     }
+    const at = head.contains(document.activeElement) ? document.activeElement.cellIndex : -1;
     head.replaceChildren(line);
+    if (at >= 0) line.cells[at]?.focus();
     body.replaceChildren(...sorted().map((k) => {
       const row = document.createElement("tr");
       row.dataset.row = k; row.tabIndex = k === model.get("selected") ? 0 : -1;
