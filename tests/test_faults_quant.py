@@ -30,7 +30,8 @@ from calib_nb.quant.quantize import observe_graph, plain_graph, quantize_static,
 from calib_nb.quant.ranges import ranges
 from calib_nb.quant.recipe import quantize_by
 from calib_nb.quant.target import PROFILES
-from calib_nb.quant.write import softmax_range, stored_weights, write_qdq
+from calib_nb.quant.units import softmax_range
+from calib_nb.quant.write import stored_weights, write_qdq
 
 RNG = np.random.default_rng(0)
 quantize_command = get_command(quant_app).commands["quantize"]
@@ -193,7 +194,7 @@ def test_what_a_kernel_computes_otherwise_is_an_error_that_names_the_node(tmp_pa
     """The writer as it was: with the observed range of a Softmax."""
     model = around("s = Softmax <axis = 1> (c)", 0.01)
     model.nodes[1].name = "attention"
-    monkeypatch.setattr("calib_nb.quant.write.softmax_range", lambda high, size: (0.0, high))
+    monkeypatch.setattr("calib_nb.quant.units.softmax_range", lambda high, size: (0.0, high))
     with pytest.raises(ModelError, match="kernel for node 'attention' .Softmax. .*--keep-float") as caught:
         quantize_by(method, model.save(tmp_path / "m.onnx"), IMAGES, scale, tmp_path / "q.onnx", progress=False)
     assert caught.value.exit_code == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]

@@ -64,7 +64,7 @@ LONG = {
     "faces/18_bench.ipynb": "test_bench.py",
     "explore/03_images.ipynb": "test_explore.py",
     "nets/05_pte.ipynb": "test_tags_export.py",
-    "quant/19_harden.ipynb": "test_harden.py",
+    "quant/21_harden.ipynb": "test_harden.py",
     "tags/10_evaluate.ipynb": "test_tags_train.py",
     "tags/12_export.ipynb": "test_tags_export.py",
 }

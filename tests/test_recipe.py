@@ -19,10 +19,11 @@ from calib_nb.core.run import sha256_file
 from calib_nb.faces.verification import VerificationTask
 from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
+from calib_nb.quant.mixed import choose_float_nodes
 from calib_nb.quant.quantize import read_history
 from calib_nb.quant.recipe import STEPS, auto, quantize_by, split_images
 from calib_nb.quant.sensitivity import _halved as halved
-from calib_nb.quant.sensitivity import choose_float_nodes, noise_ratio
+from calib_nb.quant.sensitivity import noise_ratio
 from calib_nb.quant.target import PROFILES
 
 

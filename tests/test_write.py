@@ -16,7 +16,8 @@ from calib_nb.graph.model import Graph, load_graph, open_graph, run
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, codes, kernel_rows, weight_grid
 from calib_nb.quant.target import PROFILES, Profile
-from calib_nb.quant.write import computing, int8_macs_share, int8_nodes, int8_operators, write_qdq
+from calib_nb.quant.units import computing, int8_operators
+from calib_nb.quant.write import int8_macs_share, int8_nodes, write_qdq
 
 SYMMETRIC = Profile(
     "symmetric", weight_per_channel=True, weight_symmetric=True, activation_signed=True, activation_symmetric=True

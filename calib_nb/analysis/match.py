@@ -21,7 +21,8 @@ from ..graph.layers import layers, macs
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from ..graph.simplify import fold_constants, simplify
-from ..quant.write import computing, inner_tensors, int8_nodes
+from ..quant.units import computing, inner_tensors
+from ..quant.write import int8_nodes
 
 # %% ../../nbs/analysis/02_match.ipynb #cell-8
 QDQ = ("QuantizeLinear", "DequantizeLinear")

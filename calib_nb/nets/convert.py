@@ -21,7 +21,7 @@ from ..graph.model import Graph, load_graph
 from ..quant.quantize import QuantizedModel, device_graph, write_int8_model
 from ..quant.target import Profile
 from ..quant.target import profile as find_profile
-from ..quant.write import computing
+from ..quant.units import computing
 
 # %% ../../nbs/nets/04_convert.ipynb #cell-7
 def _input_quantizer(module, node):
