@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..analysis.compare import run_model
 from ..core.errors import InputError
-from ..data.images import decode, decode_bytes, find_images
+from ..data.images import decode, find_images
 from .pictures import BLUE, GRAY, GREEN, ORANGE, RED, Plot, gallery_svg, jpeg, picture_svg, stack_svg
 from ..faces.align import align
 from ..faces.demo import demo_detector, demo_embedder, demo_lfw, demo_scenes
@@ -217,15 +217,14 @@ def explore_faces(images: str | Path = "", embedder: str | Path = "", pairs: str
 
 def _explorer() -> type:
     """The class is made here because ipywidgets is loaded where it is used."""
-    from ipywidgets import HTML, Dropdown, FileUpload, FloatSlider, HBox, Layout, VBox
+    from ipywidgets import HTML, FloatSlider, HBox, Layout, VBox
 
-    from calib_nb.explore.widgets import Explorer, Figure
+    from calib_nb.explore.widgets import Explorer, Figure, PhotoChooser
 
     class FaceExplorer(Explorer):
         def __init__(self, detectors, images: dict, pairs, crops):
-            self.detectors, self.images, self.pairs, self.crops = detectors, images, pairs, crops
-            self.image = Dropdown(options=list(images), description="photo", layout=Layout(width="360px"))
-            self.upload = FileUpload(accept="image/*", multiple=False, description="upload")
+            self.detectors, self.pairs, self.crops = detectors, pairs, crops
+            self.photo = PhotoChooser(images, label="photo")
             wide = Layout(width="360px")
             self.score = FloatSlider(0.5, min=0, max=1, step=0.01, description="least score", layout=wide)
             self.figures = {name: Figure(layout=Layout(width="400px")) for name in detectors}
@@ -237,30 +236,17 @@ def _explorer() -> type:
                 [VBox([self.threshold, self.errors, self.plot], layout=side), VBox([self.worst], layout=side)],
                 layout=wrap,
             )
-            top = HBox([self.image, self.upload, self.score], layout=wrap)
+            top = HBox([self.photo, self.score], layout=wrap)
             rows = [top, HBox(list(self.figures.values()), layout=wrap), *([below] if pairs is not None else [])]
             super().__init__("faces", rows, self.still)
-            self.image.observe(self._open, "value")
-            self.upload.observe(self._uploaded, "value")
             self.score.observe(self._draw, "value")
             self.threshold.observe(self._count, "value")
-            self._open()
+            self.photo.connect(self, self._open)
             self._count()
 
-        def _open(self, change=None):
-            with self.saying():
-                chosen = self.images[self.image.value]
-                self.bgr = chosen if isinstance(chosen, np.ndarray) else decode(chosen)
-                self.faces = find_faces(self.detectors, self.bgr)
-                self.say("")
-                self._draw()
-
-        def _uploaded(self, change):
-            with self.saying():
-                file = self.upload.value[0]
-                self.images[file["name"]] = decode_bytes(bytes(file["content"]), file["name"])
-                self.image.options = list(self.images)
-                self.image.value = file["name"]
+        def _open(self, bgr: np.ndarray):
+            self.bgr, self.faces = bgr, find_faces(self.detectors, bgr)
+            self._draw()
 
         def _draw(self, change=None):
             for name, figure in self.figures.items():

@@ -295,7 +295,8 @@ def _explorer() -> type:
     """The class is made here because ipywidgets is loaded where it is used."""
     from ipywidgets import HTML, Button, Dropdown, FloatRangeSlider, HBox, Layout, Text, VBox
 
-    from calib_nb.explore.widgets import Explorer, Figure, Table, table_html
+    from calib_nb.explore.pictures import table_html
+    from calib_nb.explore.widgets import Explorer, Figure, Table
 
     class LayerExplorer(Explorer):
         def __init__(self, study: LayerStudy, output):

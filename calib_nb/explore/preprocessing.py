@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.demo_photos import paint_scene
-from ..data.images import decode, decode_bytes, find_images
+from ..data.images import find_images
 from ..data.operations import ConvertColor
 from ..data.preprocess import Preprocess
 from .pictures import BLUE, GRAY, GREEN, ORANGE, Plot, image_uri, jpeg, picture_svg, stack_svg
@@ -198,9 +198,9 @@ def stage_html(picture: bytes, title: str) -> str:
 
 def _explorer() -> type:
     """The class is made here because ipywidgets is loaded where it is used."""
-    from ipywidgets import HTML, Dropdown, FileUpload, HBox, IntSlider, Layout, ToggleButtons, VBox
+    from ipywidgets import HTML, HBox, IntSlider, Layout, ToggleButtons, VBox
 
-    from calib_nb.explore.widgets import Explorer, Figure, Table
+    from calib_nb.explore.widgets import Explorer, Figure, PhotoChooser, Table
 
     columns = [
         {"key": "step", "label": "step", "left": True},
@@ -212,9 +212,7 @@ def _explorer() -> type:
 
     class PreprocessingExplorer(Explorer):
         def __init__(self, chain: Preprocess, contract, images: dict):
-            self.trained, self.contract, self.images = chain, contract, images
-            self.image = Dropdown(options=list(images), description="image", layout=Layout(width="340px"))
-            self.upload = FileUpload(accept="image/*", multiple=False, description="upload")
+            self.trained, self.contract, self.photo = chain, contract, PhotoChooser(images)
             orders = [f"as the model ({chain.color})", "red and blue swapped"]
             self.order = ToggleButtons(options=orders, style={"button_width": "auto"})
             last = len(chain.steps)
@@ -225,28 +223,16 @@ def _explorer() -> type:
             left = VBox([self.step, self.steps, self.verdict], layout=Layout(flex="1 1 460px", min_width="340px"))
             pictures = HBox([self.shown, self.seen], layout=wrap)
             right = VBox([pictures, self.plot], layout=Layout(flex="1 1 460px", min_width="340px"))
-            rows = [HBox([self.image, self.upload, self.order], layout=wrap), HBox([left, right], layout=wrap)]
+            rows = [HBox([self.photo, self.order], layout=wrap), HBox([left, right], layout=wrap)]
             super().__init__("preprocessing", rows, self.still)
-            self.image.observe(self._open, "value")
-            self.upload.observe(self._uploaded, "value")
             self.order.observe(self._run, "value")
             self.step.observe(lambda change: self._show(change.new), "value")
             self.steps.observe(lambda change: self._show(change.new), "selected")
-            self._open()
+            self.photo.connect(self, self._open)
 
-        def _open(self, change=None):
-            with self.saying():
-                chosen = self.images[self.image.value]
-                self.bgr = chosen if isinstance(chosen, np.ndarray) else decode(chosen)
-                self.say("")
-                self._run()
-
-        def _uploaded(self, change):
-            with self.saying():
-                file = self.upload.value[0]
-                self.images[file["name"]] = decode_bytes(bytes(file["content"]), file["name"])
-                self.image.options = list(self.images)
-                self.image.value = file["name"]
+        def _open(self, bgr: np.ndarray):
+            self.bgr = bgr
+            self._run()
 
         def _run(self, change=None):
             with self.saying():
