@@ -287,3 +287,14 @@ def test_a_difference_within_the_spread_is_not_measurable(monkeypatch):
     table = latency(sessions, np.zeros(1), runs=9, warmup=0)
     assert np.allclose(table.latency_iqr_ms, 4) and np.allclose(table.latency_ms[["float", "slow"]], [10, 20])
     assert np.isnan(table.latency_ms["alike"])
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("embedding", (1, 512)), ("y", (1, 128)), ("features", (1, 10)), ("y", (1, 4, 4))]
+)
+def test_the_largest_number_of_an_embedding_is_no_answer(name, shape):
+    task, rng = AgreementTask([], scale), np.random.default_rng(0)
+    reference = [{name: rng.normal(size=shape)} for _ in range(3)]
+    assert list(task.units(reference, reference).columns) == ["cosine", "sqnr_db"]
+    scores = [{"class_scores": rng.normal(size=(1, 128))} for _ in range(3)]
+    assert list(task.units(scores, scores).top1_agreement) == [1, 1, 1]
