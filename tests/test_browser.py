@@ -40,6 +40,42 @@ echo_to.add_class("echo")
 echo_from.add_class("echo-slider")
 echo_from.observe(lambda change: setattr(echo_to, "value", str(change.new)), "value")
 VBox([echo_from, echo_to])"""
+# Generated numbers (synthetic), as many as the images of the image explorer.
+PAIRS = f"""import numpy as np
+import pandas as pd
+
+import calib_nb.explore.faces as module
+
+module_pairs = module.demo_pairs
+
+
+def generated_pairs():
+    crops, rng, same = module_pairs()[1], np.random.default_rng(0), np.arange({IMAGES}) % 2 == 0
+    names = rng.choice(sorted(crops), (2, {IMAGES}))
+    similarity = np.where(same, rng.normal(0.6, 0.2, {IMAGES}), rng.normal(0.1, 0.2, {IMAGES}))
+    table = {{"first": names[0], "second": names[1], "same": same, "similarity": similarity.clip(-0.39, 0.99)}}
+    return pd.DataFrame(table), crops
+
+
+module.demo_pairs = generated_pairs"""
+STUDY = f"""import numpy as np
+
+import calib_nb.explore.tags as module
+
+module_tags = module.demo_tags
+
+
+def generated_tags():
+    rng, classes = np.random.default_rng(0), tuple(f"category {{k:02d}}" for k in range(80))
+    targets = rng.random(({IMAGES}, 80)) < 0.05
+    logits = np.where(targets, 1.0, -3.0) + rng.normal(0, 1.5, targets.shape)
+    p = {{"float": logits, "INT8": logits + rng.normal(0, 0.3, targets.shape)}}
+    thumbs = module_tags(40).thumbs * ({IMAGES} // 40)
+    names = [f"{{k:04d}}.jpg" for k in range({IMAGES})]
+    return module.TagStudy(names, classes, targets, {{k: 1 / (1 + np.exp(-v)) for k, v in p.items()}}, thumbs)
+
+
+module.demo_tags = generated_tags"""
 WATCH = """selector => {
   window.elapsed = null;
   let start = null;
@@ -123,8 +159,11 @@ def server(command: list[str], home: Path, url: str):
         log.close()
 
 
-def place_notebook(name: str, home: Path, parameters: dict[str, str]) -> Path:
-    """A copy of an explorer with other parameters, and a cell whose slider only changes a text."""
+def place_notebook(name: str, home: Path, parameters: dict[str, str], before: str = "") -> Path:
+    """A copy of an explorer with other parameters, and a cell whose slider only changes a text.
+
+    With `before`, which is run in front of the cell that opens the explorer, the cells below that one are left out.
+    """
     notebook = json.loads((ROOT / "nbs" / "explore" / name).read_text(encoding="utf-8"))
     for key, value in parameters.items():
         hits = 0
@@ -136,6 +175,10 @@ def place_notebook(name: str, home: Path, parameters: dict[str, str]) -> Path:
         assert hits == 1, f"{name} has {hits} cells with the parameter {key}"
     blank = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
     notebook["cells"].append({**blank, "id": "echo", "source": ECHO.splitlines(keepends=True)})
+    if before:
+        first = next(k for k, c in enumerate(notebook["cells"]) if "\nexplorer = explore_" in "".join(c["source"]))
+        new = {**blank, "id": "before", "source": before.splitlines(keepends=True)}
+        notebook["cells"] = [*notebook["cells"][:first], new, notebook["cells"][first], notebook["cells"][-1]]
     for cell in notebook["cells"]:
         cell["outputs"] = [] if cell["cell_type"] == "code" else cell.pop("outputs", None)
         if cell["cell_type"] != "code":
@@ -242,6 +285,14 @@ class Lab:
             return [kernel["id"] for kernel in json.load(answer)]
 
 
+@contextlib.contextmanager
+def opened(browser, lab, home: Path, name: str, parameters: dict[str, str], before: str = ""):
+    """An explorer that is run in JupyterLab, with its page; closed when all went well."""
+    notebook = Lab(browser, lab, place_notebook(name, home, parameters, before).name)
+    yield notebook, notebook.page
+    notebook.close()
+
+
 def record(name: str, **milliseconds: float) -> None:
     """Print times, and keep them for the page of benchmarks."""
     path = OUT / "times.json"
@@ -255,130 +306,125 @@ def record(name: str, **milliseconds: float) -> None:
 
 
 def test_images(chromium, lab, home, thousand):
-    lab = Lab(chromium, lab, place_notebook("03_images.ipynb", home, {"images": str(thousand)}).name)
-    page = lab.page
-    assert page.locator(".calib-gallery").first.get_attribute("data-chosen") == "24"
-    lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images")
-    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
-    times["weight"] = lab.median(lab.key("brightness"), ".calib-gallery")
-    lab.slider("images").press("ArrowRight")
-    page.wait_for_selector('.calib-gallery[data-chosen="25"]')
-    lasso = page.locator(".calib-draws").first
-    lasso.scroll_into_view_if_needed()
-    box = lasso.bounding_box()
-    corners = [(0.6, 0.2), (0.9, 0.2), (0.9, 0.6), (0.6, 0.6), (0.6, 0.22)]
-    for k, (x, y) in enumerate(corners):
-        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
-        if k == 0:
-            page.mouse.down()
-    page.mouse.up()
-    page.wait_for_selector(".widget-toggle-button.mod-active:has-text('lasso')")
-    page.locator(".calib-gallery figure").first.click()
-    page.wait_for_selector(".calib-detail")
-    lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images-lasso")
-    record("images", **times)
-    lab.close()
+    with opened(chromium, lab, home, "03_images.ipynb", {"images": str(thousand)}) as (lab, page):
+        assert page.locator(".calib-gallery").first.get_attribute("data-chosen") == "24"
+        lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images")
+        times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
+        times["weight"] = lab.median(lab.key("brightness"), ".calib-gallery")
+        lab.slider("images").press("ArrowRight")
+        page.wait_for_selector('.calib-gallery[data-chosen="25"]')
+        lasso = page.locator(".calib-draws").first
+        lasso.scroll_into_view_if_needed()
+        box = lasso.bounding_box()
+        corners = [(0.6, 0.2), (0.9, 0.2), (0.9, 0.6), (0.6, 0.6), (0.6, 0.22)]
+        for k, (x, y) in enumerate(corners):
+            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
+            if k == 0:
+                page.mouse.down()
+        page.mouse.up()
+        page.wait_for_selector(".widget-toggle-button.mod-active:has-text('lasso')")
+        page.locator(".calib-gallery figure").first.click()
+        page.wait_for_selector(".calib-detail")
+        lab.show(".jp-OutputArea-output:has(.calib-gallery)", "images-lasso")
+        record("images", **times)
 
 
 def test_layers(chromium, lab, home):
-    lab = Lab(chromium, lab, place_notebook("05_layers.ipynb", home, {"model": ""}).name)
-    page = lab.page
-    before = page.locator(".calib-figure path").nth(1).get_attribute("d")
-    page.locator(".calib-table tbody tr").nth(8).click()
-    page.wait_for_function(
-        "d => document.querySelectorAll('.calib-figure path')[1].getAttribute('d') !== d", arg=before
-    )
-    head = page.locator(".calib-table th", has_text="SQNR")
-    head.press("Enter")
-    assert head.get_attribute("aria-sort") == "ascending" and "SQNR" in page.evaluate(
-        "document.activeElement.textContent"
-    )
-    numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(5)").all_inner_texts()]
-    assert numbers == sorted(numbers)
-    times = {"echo": lab.echo()}
-    handle = page.locator(".calib-handle").nth(1)
-    keys = ("ArrowLeft", "ArrowLeft", "ArrowRight")
-    times["drag"] = lab.median(lambda k: handle.press(keys[k % 3]), ".calib-picture")
-    # a mouse drags the upper end to the middle
-    box = handle.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(box["x"] - 200, box["y"] + 20, steps=12)
-    page.mouse.up()
-    page.wait_for_selector(".calib-table td:text-is('hand')")
-    assert page.locator(".calib-table td:text-is('hand')").count() == 1  # the layer that was dragged, and no other
-    page.get_by_role("button", name="quantize again").first.click()
-    page.wait_for_selector(".widget-html td:has-text('1 by hand')")
-    page.get_by_role("button", name="quantize again").first.wait_for()
-    lab.show(".jp-OutputArea-output:has(.calib-table)", "layers")
-    record("layers", **times)
-    lab.close()
+    with opened(chromium, lab, home, "05_layers.ipynb", {"model": ""}) as (lab, page):
+        before = page.locator(".calib-figure path").nth(1).get_attribute("d")
+        page.locator(".calib-table tbody tr").nth(8).click()
+        page.wait_for_function(
+            "d => document.querySelectorAll('.calib-figure path')[1].getAttribute('d') !== d", arg=before
+        )
+        head = page.locator(".calib-table th", has_text="SQNR")
+        head.press("Enter")
+        assert head.get_attribute("aria-sort") == "ascending" and "SQNR" in page.evaluate(
+            "document.activeElement.textContent"
+        )
+        numbers = [float(t) for t in page.locator(".calib-table tbody td:nth-child(5)").all_inner_texts()]
+        assert numbers == sorted(numbers)
+        times = {"echo": lab.echo()}
+        handle = page.locator(".calib-handle").nth(1)
+        keys = ("ArrowLeft", "ArrowLeft", "ArrowRight")
+        times["drag"] = lab.median(lambda k: handle.press(keys[k % 3]), ".calib-picture")
+        # a mouse drags the upper end to the middle
+        box = handle.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] - 200, box["y"] + 20, steps=12)
+        page.mouse.up()
+        page.wait_for_selector(".calib-table td:text-is('hand')")
+        assert page.locator(".calib-table td:text-is('hand')").count() == 1  # the layer that was dragged, and no other
+        page.get_by_role("button", name="quantize again").first.click()
+        page.wait_for_selector(".widget-html td:has-text('1 by hand')")
+        page.get_by_role("button", name="quantize again").first.wait_for()
+        lab.show(".jp-OutputArea-output:has(.calib-table)", "layers")
+        record("layers", **times)
 
 
 def test_preprocessing(chromium, lab, home):
-    lab = Lab(chromium, lab, place_notebook("04_preprocessing.ipynb", home, {"config": ""}).name)
-    page = lab.page
-    times = {"echo": lab.echo(), "step": lab.median(lab.key("step", ("ArrowLeft",)), ".calib-picture", 5)}
-    assert page.locator(".calib-selected").first.get_attribute("data-row") == "1"
-    page.get_by_role("button", name="red and blue swapped").first.click()
-    page.wait_for_selector(".calib-verdict:has-text('an RGB model is fed BGR')")
-    lab.slider("step").press("End")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="upload").first.click()
-    chooser.value.set_files([{"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"text"}])
-    page.wait_for_selector(".calib-error:has-text('x.jpg')")
-    lab.show(".jp-OutputArea-output:has(.calib-table)", "preprocessing")
-    record("preprocessing", **times)
-    lab.close()
+    with opened(chromium, lab, home, "04_preprocessing.ipynb", {"config": ""}) as (lab, page):
+        times = {"echo": lab.echo(), "step": lab.median(lab.key("step", ("ArrowLeft",)), ".calib-picture", 5)}
+        assert page.locator(".calib-selected").first.get_attribute("data-row") == "1"
+        page.get_by_role("button", name="red and blue swapped").first.click()
+        page.wait_for_selector(".calib-verdict:has-text('an RGB model is fed BGR')")
+        lab.slider("step").press("End")
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="upload").first.click()
+        chooser.value.set_files([{"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"text"}])
+        page.wait_for_selector(".calib-error:has-text('x.jpg')")
+        lab.show(".jp-OutputArea-output:has(.calib-table)", "preprocessing")
+        record("preprocessing", **times)
 
 
-def test_faces(chromium, lab, home):
-    lab = Lab(chromium, lab, place_notebook("06_faces.ipynb", home, {"images": ""}).name)
-    page = lab.page
-    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-rates, .calib-picture")}
-    lab.slider("least score").press("End")
-    page.wait_for_selector(".calib-figure:has-text(': 0 faces')")
-    lab.slider("least score").press("Home")
-    page.wait_for_selector(".calib-figure:not(:has-text(': 0 faces'))")
-    lab.slider("threshold").press("End")
-    page.wait_for_selector(".calib-rates:has-text('FRR 100.0%')")
-    lab.slider("threshold").press("Home")
-    page.wait_for_selector(".calib-rates:has-text('FAR 100.0%')")
-    for _ in range(6):
-        lab.slider("threshold").press("PageUp")
-    lab.show(".jp-OutputArea-output:has(.calib-rates)", "faces")
-    record("faces", **times)
-    lab.close()
+@pytest.mark.parametrize("rows", ["", "-1000"])
+def test_faces(chromium, lab, home, rows):
+    before = PAIRS if rows else ""
+    with opened(chromium, lab, home, "06_faces.ipynb", {"images": ""}, before) as (lab, page):
+        if rows:
+            assert "1,000 pairs" in page.locator(".calib-rates").first.inner_text()
+        times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-rates, .calib-picture")}
+        lab.slider("least score").press("End")
+        page.wait_for_selector(".calib-figure:has-text(': 0 faces')")
+        lab.slider("least score").press("Home")
+        page.wait_for_selector(".calib-figure:not(:has-text(': 0 faces'))")
+        lab.slider("threshold").press("End")
+        page.wait_for_selector(".calib-rates:has-text('FRR 100.0%')")
+        lab.slider("threshold").press("Home")
+        page.wait_for_selector(".calib-rates:has-text('FAR 100.0%')")
+        for _ in range(6):
+            lab.slider("threshold").press("PageUp")
+        lab.show(".jp-OutputArea-output:has(.calib-rates)", f"faces{rows}")
+        record(f"faces{rows}", **times)
 
 
-def test_tags(chromium, lab, home):
-    lab = Lab(chromium, lab, place_notebook("07_tags.ipynb", home, {"coco": ""}).name)
-    page = lab.page
-    page.get_by_role("button", name="best F1 for each").first.click()
-    page.get_by_role("button", name="against the threshold 0.5").first.click()
-    page.wait_for_selector(".calib-changes:has-text('against the threshold 0.5')")
-    before = page.locator(".calib-gallery").first.get_attribute("data-shown")
-    times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
-    lab.slider("threshold").press("End")
-    page.wait_for_function("d => document.querySelector('.calib-gallery').dataset.shown !== d", arg=before)
-    page.locator(".calib-table tbody tr").nth(2).click()
-    page.wait_for_selector(".calib-table tr.calib-selected[data-row='2']")
-    lab.show(".jp-OutputArea-output:has(.calib-changes)", "tags")
-    record("tags", **times)
-    lab.close()
+@pytest.mark.parametrize("rows", ["", "-1000"])
+def test_tags(chromium, lab, home, rows):
+    with opened(chromium, lab, home, "07_tags.ipynb", {"coco": ""}, STUDY if rows else "") as (lab, page):
+        if rows:
+            assert "of 1,000 images" in page.locator(".calib-changes").first.inner_text()
+        page.get_by_role("button", name="best F1 for each").first.click()
+        page.get_by_role("button", name="against the threshold 0.5").first.click()
+        page.wait_for_selector(".calib-changes:has-text('against the threshold 0.5')")
+        before = page.locator(".calib-gallery").first.get_attribute("data-shown")
+        times = {"echo": lab.echo(), "threshold": lab.median(lab.key("threshold"), ".calib-picture, .calib-gallery")}
+        lab.slider("threshold").press("End")
+        page.wait_for_function("d => document.querySelector('.calib-gallery').dataset.shown !== d", arg=before)
+        page.locator(".calib-table tbody tr").nth(2).click()
+        page.wait_for_selector(".calib-table tr.calib-selected[data-row='2']")
+        lab.show(".jp-OutputArea-output:has(.calib-changes)", f"tags{rows}")
+        record(f"tags{rows}", **times)
 
 
 def test_depth(chromium, lab, home):
-    lab = Lab(chromium, lab, place_notebook("08_depth.ipynb", home, {"root": ""}).name)
-    page = lab.page
-    times = {"echo": lab.echo(), "scale": lab.median(lab.key("error scale"), ".calib-picture")}
-    before = page.locator(".calib-figure path").last.get_attribute("d")
-    page.get_by_role("button", name="20 frames").first.click()
-    page.wait_for_selector(".calib-rates:has-text('over 20 frames')")
-    assert page.locator(".calib-figure path").last.get_attribute("d") != before
-    lab.show(".jp-OutputArea-output:has(.calib-rates)", "depth")
-    record("depth", **times)
-    lab.close()
+    with opened(chromium, lab, home, "08_depth.ipynb", {"root": ""}) as (lab, page):
+        times = {"echo": lab.echo(), "scale": lab.median(lab.key("error scale"), ".calib-picture")}
+        before = page.locator(".calib-figure path").last.get_attribute("d")
+        page.get_by_role("button", name="20 frames").first.click()
+        page.wait_for_selector(".calib-rates:has-text('over 20 frames')")
+        assert page.locator(".calib-figure path").last.get_attribute("d") != before
+        lab.show(".jp-OutputArea-output:has(.calib-rates)", "depth")
+        record("depth", **times)
 
 
 def test_a_table_of_a_page_sorts_by_keyboard(chromium, tmp_path):
