@@ -20,6 +20,7 @@ from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.quant.cover_set import CoverageStrategy
 from calib_nb.quant.coverage import (
     CoverOptions,
+    RangeNoise,
     choose_cover,
     clipped_share,
     cover_value,
@@ -28,7 +29,8 @@ from calib_nb.quant.coverage import (
     range_recall,
     selectq,
 )
-from calib_nb.quant.ranges import minmax
+from calib_nb.quant.ranges import ema, minmax
+from calib_nb.quant.stability import range_noise
 from calib_nb.quant.stats import QUANTILES, collect
 
 tables = hnp.arrays(
@@ -103,6 +105,30 @@ def test_few_chosen_images_clip_less_than_many_random_ones(stats):
     assert lost[0] < np.median(lost[1:])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_looked_up_noise_is_that_of_the_values(stats, bits):
+    rows = np.random.default_rng(bits).choice(120, 9, replace=False)
+    names = [stats.images[row] for row in rows]
+    told = RangeNoise(stats, bits=bits, fence=1e9).shares(rows[:-1])[rows[-1]]
+    for value, table in zip(told, (minmax(stats, names), ema(stats, names, constant=1e-6))):
+        noise = 0
+        for tensor, (low, high) in zip(table.index, table.to_numpy()):
+            x = np.stack([observation(i)[1][tensor] for i in range(120)])
+            lost = np.mean((np.clip(x, low, high) - x) ** 2) + ((high - low) / (2**bits - 1)) ** 2 / 12
+            noise += lost / x.var()
+        assert value == pytest.approx(noise, rel=0.2)
+
+
+def test_fewer_bits_choose_narrower_ranges_with_less_noise(stats):
+    held = collect(observation(i, seed=1) for i in range(100))
+    tables = {
+        bits: minmax(stats, choose_cover(stats, 8, options=CoverOptions(bits=bits))).to_numpy() for bits in (4, 8)
+    }
+    noise = {bits: [range_noise(held, tables[b], np.arange(100), bits) for b in (4, 8)] for bits in (4, 8)}
+    assert noise[4][0] < noise[4][1] and noise[8][1] < noise[8][0]
+    assert np.ptp(tables[4], axis=1).sum() < np.ptp(tables[8], axis=1).sum()
+
+
 def test_one_broken_image_is_never_among_the_first(stats):
     broken = {name: 1e4 * values for name, values in observation(500)[1].items()}
     spoiled = stats + collect([("broken", broken)])
@@ -119,7 +145,7 @@ def test_constants_and_a_single_image():
     assert choose_cover(single, 4) == ["p"] and selectq(single, 1) == ["p"]
 
 
-@pytest.mark.parametrize("more", [{"ranges": -0.1}, {"ranges": 1.1}, {"clients": 0}])
+@pytest.mark.parametrize("more", [{"reach": -0.1}, {"likeness": -1}, {"clients": 0}, {"bits": 1}])
 def test_options_are_checked(more):
     with pytest.raises(InputError, match="weight"):
         CoverOptions(**more)

@@ -8,7 +8,7 @@ __all__ = ['CoverageStrategy']
 # %% ../../nbs/quant/25_cover_set.ipynb #cell-2
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -52,9 +52,8 @@ class CoverageStrategy:
     @property
     def settings(self) -> dict:
         """What a set records of how it was chosen, as plain values."""
-        weights = {"ranges": self.options.ranges, "fence": self.options.fence, "clients": self.options.clients}
         strata = {"quotas": dict(self.quotas), "column": self.column} if self.quotas else {}
-        return {"model": Path(self.model).name, "model_sha256": sha256_file(self.model), **weights, **strata}
+        return {"model": Path(self.model).name, "model_sha256": sha256_file(self.model), **asdict(self.options), **strata}
 
     def observed(self, files: Sequence[Path], folder: Path | None, progress: bool) -> ActivationStats:
         """Statistics of some images; those that a killed run left in `folder` are taken over."""
