@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from calib_nb.core.errors import InputError
+from calib_nb.data import copies
 from calib_nb.data.audit import audit_folder, audit_page, content_kind, fineness, picture_faults
 from calib_nb.data.copies import WINDOWS, agreement, copy_views, find_copies, image_views, low_frequencies
 from calib_nb.data.demo_photos import paint_scene
@@ -66,6 +67,15 @@ def test_a_copy_is_found_from_either_side():
     views, image = copy_views([SCENES[0][12:, 16:], SCENES[1], SCENES[0]])
     table = find_copies(views, image, progress=False)
     assert table[["left", "right"]].values.tolist() == [[0, 2]] and bool(table.part[0])
+
+
+def test_descriptions_in_a_mapped_file_find_the_same(tmp_path, monkeypatch):
+    views, image = copy_views([*SCENES[:4], SCENES[0][12:, 16:], SCENES[1][:, ::-1]])
+    there = find_copies(views, image, progress=False)
+    (tmp_path / "views").write_bytes(views.tobytes())
+    monkeypatch.setattr(copies, "_MAPPED", 0)
+    mapped = np.memmap(tmp_path / "views", np.uint8, "r", shape=views.shape)
+    assert len(there) == 2 and find_copies(mapped, image, progress=False).equals(there)
 
 
 def test_cosines_over_a_window_are_those_of_the_cropped_pixels():

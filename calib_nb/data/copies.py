@@ -20,6 +20,7 @@ import pandas as pd
 from ..core.errors import ImageError
 from ..core.parallel import bar_switch, parallel_map
 from ..core.remote import join, reading
+from ..core.rows import new_rows, release
 from .images import decode
 
 # %% ../../nbs/data/10_copies.ipynb #cell-7
@@ -121,6 +122,7 @@ def low_frequencies(views: np.ndarray, window: int = 0, *, mirrored: bool = Fals
     waves = np.empty((len(views), count, count), np.float32)
     for at in range(0, len(views), 4096):
         waves[at : at + 4096] = rows @ np.float32(views[at : at + 4096]) @ columns.T
+        release(views)
     flat = (waves * weight).reshape(len(views), count * count)[:, 1:]
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.where(length > 1, flat / np.maximum(length, 1), 0).astype(np.float32)
@@ -132,6 +134,7 @@ MOST_NEAR = 8  # pairs that are looked at for a view
 _UPRIGHT = tuple(WINDOWS.index(w) for w in WINDOWS if w[0] == w[1] or _ENDS[1] not in w)  # whole, middle, corners
 _MIRRORED = tuple(WINDOWS.index(w) for w in (WINDOWS[0], (_ENDS[1], _ENDS[1])))  # whole, middle
 _TILE, _MOST_COARSE = (512, 1024), 64  # products that fit a cache
+_MOST_ROWS, _MAPPED = 300_000, 16e6  # pairs that wait for a choice; bytes beyond which descriptions lie in a file
 
 
 def _nearest(rows: np.ndarray) -> np.ndarray:
@@ -144,9 +147,10 @@ def _nearest(rows: np.ndarray) -> np.ndarray:
 
 def _tiles(wholes: np.ndarray, parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows and columns of the pairs that are coarsely near, tile by tile."""
-    for top in range(0, len(wholes), _TILE[0]):
-        for left in range(0, len(parts), _TILE[1]):
-            products = wholes[top : top + _TILE[0]] @ parts[left : left + _TILE[1]].T
+    for left in range(0, len(parts), _TILE[1]):
+        columns = np.float32(parts[left : left + _TILE[1]]).T
+        for top in range(0, len(wholes), _TILE[0]):
+            products = wholes[top : top + _TILE[0]] @ columns
             near = np.flatnonzero(products > COARSE)
             if len(near) > _MOST_COARSE * len(products):
                 best = np.argpartition(-products, _MOST_COARSE, axis=1)[:, :_MOST_COARSE]
@@ -154,6 +158,18 @@ def _tiles(wholes: np.ndarray, parts: np.ndarray) -> Iterator[tuple[np.ndarray, 
             if len(near):
                 row, column = np.divmod(near, products.shape[1])
                 yield row + top, column + left
+        release(parts)
+
+
+def _described(views: np.ndarray, windows: Sequence[int], dtype, mirrored: bool = False) -> np.ndarray:
+    """`low_frequencies` of windows of views, [V, windows, 63]; many lie in a mapped file."""
+    out = new_rows((len(views), len(windows), 63), dtype, bound=_MAPPED)
+    for at in range(0, len(views), 4096):
+        for k, window in enumerate(windows):
+            out[at : at + 4096, k] = low_frequencies(views[at : at + 4096], window, mirrored=mirrored)
+        release(out)
+        release(views)
+    return out
 
 
 def near_views(
@@ -171,11 +187,11 @@ def near_views(
     Returns:
         float64 [P, 4]: query, view, product, and 2 * window + (1 where the query is mirrored).
     """
-    windows = np.stack([low_frequencies(views, w).astype(np.float16) for w in range(len(WINDOWS))], axis=1)
-    both, pairs, size = [low_frequencies(queries, mirrored=bool(m)) for m in (0, 1)], [np.empty((0, 4))], 0
+    windows = _described(views, range(len(WINDOWS)), np.float16)
+    both, pairs, size = [_described(queries, [0], np.float32, bool(m))[:, 0] for m in (0, 1)], [np.empty((0, 4))], 0
     for mirrored, window in show([*((0, w) for w in _UPRIGHT), *((1, w) for w in _MIRRORED)]):
         wholes = both[mirrored]
-        for query, view in _tiles(wholes, np.float32(windows[:, window])):
+        for query, view in _tiles(wholes, windows[:, window]):
             for some in np.array_split(np.arange(len(query)), len(query) // 4096 + 1):
                 ends = query[some], view[some]
                 products = np.einsum("pd,pwd->pw", wholes[ends[0]], np.float32(windows[ends[1]]))
@@ -183,7 +199,7 @@ def near_views(
                 rows = np.column_stack([*ends, products.max(1), 2 * best + mirrored])
                 pairs.append(rows[(rows[:, 2] > NEAR) & (query_image[ends[0]] != view_image[ends[1]])])
                 size += len(pairs[-1])
-            if size > 1_000_000:
+            if size > _MOST_ROWS:
                 pairs, size = [_nearest(np.concatenate(pairs))], 0
     return _nearest(np.concatenate(pairs))
 
@@ -257,6 +273,8 @@ def _finely_near(pairs: np.ndarray, queries: np.ndarray, views: np.ndarray) -> n
             query, view = pairs[some, :2].astype(int).T
             whole = low_frequencies(queries[query], mirrored=bool(mirrored), count=12)
             keep[some] = (whole * low_frequencies(views[view], window, count=12)).sum(1) > FINE
+            release(queries)
+            release(views)
     return pairs[keep]
 
 
@@ -305,9 +323,13 @@ def find_copies(
         sides = ((right, other_image), (left, left_image)) if turned else ((left, left_image), (right, other_image))
         (queries, query_image), (views, view_image) = sides
         pairs = _finely_near(near_views(queries, views, query_image, view_image, show=show), queries, views)
-        with ThreadPoolExecutor(workers) as pool:
-            results = pool.map(partial(_agreement_of, queries, views), pairs)
-            values = list(tqdm(results, desc="align", unit="pair", total=len(pairs), **switch))
+        values, agree = [], partial(_agreement_of, queries, views)
+        with ThreadPoolExecutor(workers) as pool, tqdm(desc="align", unit="pair", total=len(pairs), **switch) as bar:
+            for at in range(0, len(pairs), 4096):
+                values += pool.map(agree, pairs[at : at + 4096])
+                bar.update(len(values) - at)
+                release(queries)
+                release(views)
         ends = query_image[pairs[:, 0].astype(int)], view_image[pairs[:, 1].astype(int)]
         code = pairs[:, 3].astype(int)
         rows.append(pd.DataFrame({"a": ends[0], "b": ends[1], "agreement": values, "code": code}))
