@@ -121,6 +121,25 @@ def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["yunet", "edgeface"])
+def test_quantize_names_its_measure_and_what_judges_by_the_task(kind, tmp_path):
+    from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw, demo_scenes
+
+    model = demo_detector() if kind == "yunet" else demo_embedder()
+    images = demo_scenes() / "ub" / "images" if kind == "yunet" else demo_lfw() / "images"
+    given = {"model": str(model), "images": str(images), "preset": kind, "method": "minmax"}
+    report = run_report("quantize", given | {"num_samples": 8, "num_scored": 12}, root=tmp_path)
+    page = report.page.read_text(encoding="utf-8")
+    check_page(page, "quantize")
+    assert f"calib-nb report {kind} -p images=" in page
+    if kind == "yunet":
+        assert report.metrics.f1[0] == 1 and "F1 against the faces that float finds" in page
+    else:
+        assert "mean cosine of the outputs" in page and "without labels" in page
+        assert "top1_agreement" not in report.metrics
+
+
+@pytest.mark.slow
 def test_a_calibration_set_is_chosen_and_examined_by_a_models_activations(tmp_path):
     """Real runs are called "run"; an app that swaps red and blue is found out."""
     images, network = (
