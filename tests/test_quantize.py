@@ -200,7 +200,7 @@ def test_other_bad_input_is_refused(tmp_path, model, images):
     )
     refuse("gives NaN", InputError, model, images, lambda p: scale(p) * np.float32(np.nan), out)
     refuse(
-        "8 bits for both",
+        "8-bit weights, 8- or 16-bit",
         InputError,
         model,
         images,

@@ -44,8 +44,8 @@ def quantize(
     profile: Annotated[
         str,
         typer.Option(
-            help="Target: ort-cpu, per-tensor-npu, int8-only (keeps nothing in float), xnnpack, or a YAML file that "
-            "describes another.",
+            help="Target: ort-cpu, per-tensor-npu, int8-only (keeps nothing in float), xnnpack, qnn-htp (16-bit "
+            "activations before float), or a YAML file that describes another.",
             autocompletion=words_of("quant.target", "PROFILES"),
         ),
     ] = "ort-cpu",
@@ -65,6 +65,15 @@ def quantize(
     keep_float: Annotated[
         list[str] | None,
         typer.Option(help="Node that stays in float, named as in the file or by diagnose; repeat as needed."),
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Bits of activations, 8 or 16 (default: as the target says, 8).")
+    ] = None,
+    wide: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Node with 16-bit activations among 8-bit ones, named as for --keep-float; repeat as needed."
+        ),
     ] = None,
     avx2_safe: Annotated[
         bool | None,
@@ -99,7 +108,8 @@ def quantize(
     files = api.image_files(images, settings, most=num_samples or settings.calibration_num)
     labelled = _labels(labels, task, budget)
     target = profile if avx2_safe is None else replace(find_profile(profile), avx2_safe=avx2_safe)
-    rare = {"stats": stats, "keep_float": tuple(keep_float or ())}
+    rare = {"stats": stats, "keep_float": tuple(keep_float or ()), "wide": tuple(wide or ())}
+    rare |= {"activation_bits": activation_bits}
     rare |= {"method": method, "profile": target, "labels": labelled}
     int8 = api.quantize(model, settings, output, images=files, **rare)
     if len(int8.steps):
@@ -110,7 +120,8 @@ def quantize(
         hints = "\n".join(f"  {hint.why}\n    {hint.change}" for hint in retries(int8.steps, model, config))
         typer.echo(f"the same with DX-COM, one change at a time:\n{hints}")
     written = int8.model
-    nodes = f", {len(written.float_nodes)} nodes kept in float" if written.float_nodes else ""
+    nodes = f", {written.wide_tensors} tensors in 16 bits" if written.wide_tensors else ""
+    nodes += f", {len(written.float_nodes)} nodes kept in float" if written.float_nodes else ""
     typer.echo(
         f"{written.int8_share:.1%} of multiply-accumulates in INT8{nodes}\n"
         f"{written.float_size_mb:.3f} MB to {written.size_mb:.3f} MB; "
@@ -132,7 +143,7 @@ def quantize(
         if row.verdict == "over budget":
             raise CheckFailed(f"over the budget of {budget:g}", fix="which layers: calib-nb diagnose")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-13
+# %% ../../nbs/commands/03_quant.ipynb #cell-15
 @app.command(epilog="Example: calib-nb stability --stats yunet_stats.npz --output stability.png")
 def stability(
     stats: Annotated[Path, typer.Option(help="File that calib-nb quantize --stats wrote.")],
@@ -155,7 +166,7 @@ def stability(
     if output:
         typer.echo(f"figure: {save_figure(plot_stability(table, tolerance=tolerance), output)}")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-16
+# %% ../../nbs/commands/03_quant.ipynb #cell-18
 @app.command(
     epilog="Example: calib-nb diagnose --float yunet.onnx --int8 yunet_int8.onnx --config yunet.json --images others "
     "--output yunet_layers.html"
@@ -206,7 +217,7 @@ def diagnose(
     save_figure(plot_diagnosis(diagnosis), page.with_suffix(".png"))
     typer.echo(f"page: {diagnosis_page(diagnosis, page)}")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-21
+# %% ../../nbs/commands/03_quant.ipynb #cell-23
 @app.command(epilog="Example: calib-nb harden --model edgeface.onnx --config edgeface.json --output edgeface_hard.onnx")
 def harden(
     model: Annotated[Path, typer.Option(help="Float ONNX file; it is not changed.")],
@@ -274,7 +285,7 @@ def harden(
         if hard.scored.drop_low["float"] > budget:
             raise CheckFailed(f"the float file is over the budget of {budget:g}", fix="less clipping: fewer --steps")
 
-# %% ../../nbs/commands/03_quant.ipynb #cell-26
+# %% ../../nbs/commands/03_quant.ipynb #cell-28
 @app.command(
     epilog="Example: calib-nb export-ranges --model m.onnx --config c.json --format qnn --output overrides.json"
 )
@@ -301,12 +312,17 @@ def export_ranges(
         ),
     ] = "ort-cpu",
     images: Annotated[Path | None, typer.Option(help="Folder of calibration images, instead of the config's.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Bits of activations, 8 or 16 (default: as the target says).")
+    ] = None,
 ):
     """Write ranges for AIMET, QNN, TensorRT or ONNX Runtime, or as CSV."""
     from calib_nb import api
+    from calib_nb.quant.quantize import QuantizeOptions
     from calib_nb.report import text_table
 
-    handed = api.export_ranges(model, config, output, format=format_, method=method, profile=profile, images=images)
+    target = QuantizeOptions(activation_bits=activation_bits).target(profile)
+    handed = api.export_ranges(model, config, output, format=format_, method=method, profile=target, images=images)
     rows = handed.table.drop_duplicates("tensor").kind.value_counts()
     typer.echo(f"{rows.get('activation', 0)} activations and {rows.get('weight', 0)} weights ({method}, {profile})")
     if len(handed.missing):

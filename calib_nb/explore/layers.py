@@ -220,7 +220,7 @@ def requantize(
     """
     target, request = check_request(study.model, study.images, output, study.profile)
     nodes = tuple(dict.fromkeys(name for tensor in tensors for name in layer_nodes(study.graph, tensor)))
-    written = range_table(study.graph, table)
+    written = write_qdq(study.graph, range_table(study.graph, table), study.profile, float_nodes=nodes)
     history = {"method": method} | request
     made = write_int8_model(study.graph, written, target, output, history, study.model, float_nodes=nodes)
     outputs = run_model(open_session(made.path, 1), study.task, progress=False)

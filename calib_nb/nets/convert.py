@@ -22,6 +22,7 @@ from ..quant.quantize import QuantizedModel, device_graph, write_int8_model
 from ..quant.target import Profile
 from ..quant.target import profile as find_profile
 from ..quant.units import computing
+from ..quant.write import write_qdq
 
 # %% ../../nbs/nets/04_convert.ipynb #cell-7
 def _input_quantizer(module, node):
@@ -218,7 +219,8 @@ def convert_onnx(
     ranges = lsq_ranges(module, graph)
     source = {"profile": target.name, "images": 0, "images_sha256": "", "model_sha256": sha256_file(plain)}
     nodes = _kept_in_float(graph, ranges)
-    return write_int8_model(graph, ranges, target, path, {"method": "lsq", **source}, plain, float_nodes=nodes)
+    int8 = write_qdq(graph, ranges, target, float_nodes=nodes)
+    return write_int8_model(graph, int8, target, path, {"method": "lsq", **source}, plain, float_nodes=nodes)
 
 # %% ../../nbs/nets/04_convert.ipynb #cell-26
 def _stored(layer, linear: bool):

@@ -23,18 +23,20 @@ def activation_grid(low: float, high: float, profile) -> tuple[np.ndarray, np.nd
     Args:
         low: Lower end of its range; the range is widened to hold 0.
         high: Upper end, at least `low`.
-        profile: The target, a `Profile` with 8-bit activations.
+        profile: The target, a `Profile` with 8-bit or 16-bit activations.
 
     Returns:
-        (scale float32, zero point int8 or uint8), both 0-d; the scale is 1 for a range below float32's normal numbers.
+        (scale float32, zero point int8, uint8, int16 or uint16), both 0-d; the scale is 1 for a range below float32's
+        normal numbers.
 
     Raises:
         InputError: The range is not one, or the profile has other bits.
 
     Source: Krishnamoorthi 2018, section 2.1; ONNX Runtime for the empty range.
     """
-    if profile.activation_bits != 8:
-        raise InputError(f"profile {profile.name}: {profile.activation_bits}-bit activations", expected="8 bits")
+    if profile.activation_bits not in (8, 16):
+        what = f"profile {profile.name}: {profile.activation_bits}-bit activations"
+        raise InputError(what, expected="8 or 16 bits", fix="16 where 8 are too few")
     if not (np.isfinite([low, high]).all() and low <= high):
         raise InputError(f"a range from {low:g} to {high:g}", expected="finite numbers, the lower one first")
     bottom, top = profile.activation_levels
@@ -44,7 +46,8 @@ def activation_grid(low: float, high: float, profile) -> tuple[np.ndarray, np.nd
     scale = np.float32(max(-low, high) / top if symmetric else (high - low) / (top - bottom - halfway))
     scale = scale if scale >= _SMALLEST else np.float32(1)
     zero = 0 if symmetric else np.clip(np.rint(bottom + halfway - low / scale), bottom, top)
-    return np.array(scale), np.array(zero, np.int8 if profile.activation_signed else np.uint8)
+    kind = f"{'int' if profile.activation_signed else 'uint'}{profile.activation_bits}"
+    return np.array(scale), np.array(zero, kind)
 
 
 def codes(values: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
@@ -63,7 +66,7 @@ def codes(values: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray
     info = np.iinfo(zero.dtype)
     return np.clip(np.rint(np.asarray(values, np.float64) / scale) + zero, info.min, info.max).astype(zero.dtype)
 
-# %% ../../nbs/quant/07_grid.ipynb #cell-19
+# %% ../../nbs/quant/07_grid.ipynb #cell-21
 def kernel_rows(weight: np.ndarray, groups: int = 1) -> np.ndarray | None:
     """Lay weights out in the order in which an integer kernel multiplies neighbours.
 
@@ -87,7 +90,7 @@ def _neighbour_scale(rows: np.ndarray) -> np.ndarray:
     up, down = (np.maximum(signed, 0).sum(2).max(1, initial=0) for signed in (pairs, -pairs))
     return np.maximum(up, down) / 127
 
-# %% ../../nbs/quant/07_grid.ipynb #cell-23
+# %% ../../nbs/quant/07_grid.ipynb #cell-25
 def bias_floor(bias: np.ndarray, input_scale: float) -> np.ndarray:
     """Least weight scale at which `bias` [output channel] takes no more than 31 of its 32 bits, float64."""
     return np.abs(np.asarray(bias, np.float64)) / (float(input_scale) * 2**30)

@@ -32,7 +32,7 @@ from .sensitivity import NoiseMeasure, measured_outputs, noise_ratio, noise_shar
 from .stats import ActivationStats
 from .target import Profile
 from .target import profile as find_profile
-from .write import int8_macs_share, write_qdq
+from .write import int8_macs_share, wide_tensors, write_qdq
 
 # %% ../../nbs/quant/15_quantize.ipynb #cell-8
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class QuantizedModel:
         float_size_mb: Size of the float file, its weights in other files included, megabytes.
         int8_share: Share of the multiply-accumulates in INT8, 0 to 1.
         float_nodes: Names of the nodes kept in float by choice.
+        wide_tensors: Number of tensors stored as 16-bit codes.
         noise: Noise of the outputs as a share of their signal, on some of the images; see `sensitivity.noise_ratio`.
             NaN where that was not measured.
     """
@@ -64,6 +65,7 @@ class QuantizedModel:
     float_size_mb: float
     int8_share: float
     float_nodes: tuple[str, ...] = ()
+    wide_tensors: int = 0
     noise: float = float("nan")
 
     @property
@@ -372,7 +374,7 @@ def check_request(
         The target; profile, images, images_sha256, model_sha256 and versions.
 
     Raises:
-        InputError: The output is not another ONNX file, there are no images, or the target wants other than 8 bits.
+        InputError: The output is not another ONNX file, there are no images, or the target wants other bits.
         ModelError: The model is missing.
     """
     target = profile if isinstance(profile, Profile) else find_profile(profile)
@@ -380,9 +382,10 @@ def check_request(
         raise InputError(f"output {output}", expected="another file than the model, ending in .onnx")
     if not len(images):
         raise InputError("no calibration images", expected="at least one", fix="100 are a usual number")
-    if (target.weight_bits, target.activation_bits) != (8, 8):
+    if target.weight_bits != 8 or target.activation_bits not in (8, 16):
         bits = f"{target.weight_bits}-bit weights and {target.activation_bits}-bit activations"
-        raise InputError(f"profile {target.name}: {bits}", expected="8 bits for both")
+        fix = "set weight_bits: 8 and activation_bits: 8 or 16 in the profile"
+        raise InputError(f"profile {target.name}: {bits}", expected="8-bit weights, 8- or 16-bit activations", fix=fix)
     if not Path(model).is_file():
         raise ModelError(f"no such model: {model}", fix="check the path")
     digests = {"images_sha256": images_digest(images), "model_sha256": model_digest(model)}
@@ -392,7 +395,7 @@ def check_request(
 
 def write_int8_model(
     graph: Graph,
-    table: pd.DataFrame,
+    int8: Graph,
     target: Profile,
     output: str | Path,
     history: dict[str, object],
@@ -401,11 +404,11 @@ def write_int8_model(
     float_nodes: Collection[str] = (),
     trial: Trial | None = None,
 ) -> QuantizedModel:
-    """Run and write the INT8 form of a float graph, and describe it.
+    """Run and write a quantized graph, and describe it.
 
     Args:
         graph: The float graph, as `device_graph` gives it.
-        table: Columns low and high per tensor.
+        int8: What `write_qdq` made of it.
         target: The target.
         output: File to write.
         history: What `check_request` returned, and the method.
@@ -419,7 +422,6 @@ def write_int8_model(
     Raises:
         ModelError: No node of the graph can be INT8, or ONNX Runtime does not compute what the file says.
     """
-    int8 = write_qdq(graph, table, target, float_nodes=float_nodes)
     share = int8_macs_share(graph, int8)
     if share == 0:
         expected = "Conv, Gemm or MatMul among its nodes"
@@ -427,7 +429,8 @@ def write_int8_model(
             f"no operator of {Path(model).name} can be quantized", expected=expected, fix="is this the whole model?"
         )
     noise = check_runs(int8, trial) if trial is not None else float("nan")
-    notes = {"int8_share": f"{share:.4f}", "float_nodes": json.dumps(list(float_nodes))}
+    notes, wide = {"int8_share": f"{share:.4f}", "float_nodes": json.dumps(list(float_nodes))}, wide_tensors(int8)
+    notes |= {"wide_tensors": json.dumps(wide)} if wide else {}
     path = save_quantized(int8, output, history | notes)
     size_mb, float_size_mb = model_mb(path), model_mb(model)
     return QuantizedModel(
@@ -441,6 +444,7 @@ def write_int8_model(
         float_size_mb=float_size_mb,
         int8_share=share,
         float_nodes=tuple(float_nodes),
+        wide_tensors=len(wide),
         noise=noise,
     )
 
@@ -451,6 +455,8 @@ class QuantizeOptions:
 
     Args:
         keep_float: Names of nodes that stay in float, as the file or `diagnose` names them.
+        activation_bits: 8 or 16, whatever the target says; None as it says.
+        wide: Names of nodes whose activations have 16 bits where those of the others have 8.
         noise: How noise in the outputs is measured, where a task knows better than their squared error.
         stats: File (.npz) that stores the pass over the images, for one model, preprocessing and kind of weights;
             images in it are not run again, whatever the method.
@@ -458,9 +464,19 @@ class QuantizeOptions:
     """
 
     keep_float: Sequence[str] = ()
+    activation_bits: int | None = None
+    wide: Sequence[str] = ()
     noise: NoiseMeasure = noise_shares
     stats: str | Path | None = None
     progress: bool = True
+
+    def target(self, profile: str | Profile) -> Profile:
+        """A profile, or the one of that name, with the bits that are asked for."""
+        target = profile if isinstance(profile, Profile) else find_profile(profile)
+        if self.activation_bits not in (None, 8, 16):
+            fix = "16 where 8 are too few; nothing else is written"
+            raise InputError(f"{self.activation_bits}-bit activations", expected="8 or 16", fix=fix)
+        return replace(target, activation_bits=self.activation_bits) if self.activation_bits else target
 
 
 def with_settings(options, settings: Mapping[str, object]):
@@ -517,17 +533,21 @@ def quantize_static(
     """
     options = with_settings(options or QuantizeOptions(), settings)
     method, images = require_known(method, RANGE_METHODS, "calibration method"), list(images)
-    target, request = check_request(model, images, output, profile)
+    target, request = check_request(model, images, output, options.target(profile))
     given, history = load_graph(model), {"method": method} | request
     graph = rewrite(plain_graph(given, target))
-    nodes, names = node_names(given, graph, options.keep_float), tensor_names(given)
+    nodes, wide = (node_names(given, graph, named) for named in (options.keep_float, options.wide))
+    names = tensor_names(given)
     statistics = observe_graph(graph, images, preprocess, names=names, journal=options.stats, progress=options.progress)
-    table = range_table(graph, ranges(statistics, method))
+    finer = {"mse": {"bits": 16}, "kl": {"levels": 2**15}}.get(method, {}) if target.activation_bits == 16 else {}
+    int8 = write_qdq(
+        graph, range_table(graph, ranges(statistics, method, **finer)), target, float_nodes=nodes, wide_nodes=wide
+    )
     inputs = [network_input(image, preprocess, given.shape(given.inputs[0])) for image in images[:TRIALS]]
     trial = Trial(inputs, outputs_of(given, inputs, threads=1), options.noise)
-    return write_int8_model(graph, table, target, output, history, model, float_nodes=nodes, trial=trial)
+    return write_int8_model(graph, int8, target, output, history, model, float_nodes=nodes, trial=trial)
 
-# %% ../../nbs/quant/15_quantize.ipynb #cell-44
+# %% ../../nbs/quant/15_quantize.ipynb #cell-46
 def split_images(images: Sequence, *, share: float = 0.3, seed: int = 0) -> tuple[list, list]:
     """Images that set the ranges, and images that judge.
 

@@ -68,9 +68,18 @@ def _signed(row, profile: Profile) -> bool:
     return row.kind == "weight" or profile.activation_signed
 
 
+def _bits(row, profile: Profile) -> int:
+    return profile.weight_bits if row.kind == "weight" else profile.activation_bits
+
+
+def _type(row, profile: Profile) -> str:
+    """The integer type of a row's codes, as NumPy and ONNX call it."""
+    return f"{'' if _signed(row, profile) else 'u'}int{_bits(row, profile)}"
+
+
 def _offset(row, profile: Profile) -> int:
     """AIMET's and QNN's offset: the lowest level, counted from the one that means zero; never above 0."""
-    return -int(row.zero_point) - (128 if _signed(row, profile) else 0)
+    return -int(row.zero_point) - (2 ** (_bits(row, profile) - 1) if _signed(row, profile) else 0)
 
 
 def _symmetric(row, profile: Profile) -> bool:
@@ -86,9 +95,9 @@ def _old_encodings(table: pd.DataFrame, kind: str, profile: Profile) -> dict[str
     """AIMET 0.6.1 and QNN: lists of encodings by tensor, with words for truth."""
 
     def one(row):
-        offset = _offset(row, profile)
-        ends = {"min": offset * row.scale, "max": (offset + 255) * row.scale}
-        facts = {"bitwidth": 8, "dtype": "int", "is_symmetric": str(_symmetric(row, profile))}
+        offset, bits = _offset(row, profile), _bits(row, profile)
+        ends = {"min": offset * row.scale, "max": (offset + 2**bits - 1) * row.scale}
+        facts = {"bitwidth": bits, "dtype": "int", "is_symmetric": str(_symmetric(row, profile))}
         return facts | ends | {"offset": offset, "scale": row.scale}
 
     return {name: [one(row) for row in rows] for name, rows in _by_tensor(table, kind)}
@@ -99,7 +108,8 @@ def _new_encodings(table: pd.DataFrame, kind: str, profile: Profile) -> list[dic
     found = []
     for name, rows in _by_tensor(table, kind):
         wide = "PER_CHANNEL" if rows[0].channel >= 0 else "PER_TENSOR"
-        facts = {"name": name, "bw": 8, "dtype": "INT", "enc_type": wide, "is_sym": _symmetric(rows[0], profile)}
+        facts = {"name": name, "bw": _bits(rows[0], profile), "dtype": "INT", "enc_type": wide}
+        facts |= {"is_sym": _symmetric(rows[0], profile)}
         found.append(facts | {"offset": [_offset(r, profile) for r in rows], "scale": [r.scale for r in rows]})
     return found
 
@@ -110,7 +120,7 @@ def _newest_encodings(table: pd.DataFrame, profile: Profile) -> list[dict]:
     for kind in ("activation", "weight"):
         for name, rows in _by_tensor(table, kind):
             scale, zero = [r.scale for r in rows], [int(r.zero_point) for r in rows]
-            entry = {"name": name, "output_dtype": "int8" if _signed(rows[0], profile) else "uint8"}
+            entry = {"name": name, "output_dtype": _type(rows[0], profile)}
             if rows[0].channel >= 0:
                 entry |= {"axis": int(rows[0].axis), "y_scale": scale, "y_zero_point": zero if any(zero) else None}
             else:
@@ -190,7 +200,7 @@ def ort_text(table: pd.DataFrame, profile: Profile) -> str:
     """
     found = {}
     for row in table.itertuples():
-        entry = {"quant_type": "QInt8" if _signed(row, profile) else "QUInt8"}
+        entry = {"quant_type": "Q" + _type(row, profile).replace("i", "I").replace("u", "U")}
         entry |= {"axis": int(row.axis)} if row.channel >= 0 else {}
         entry |= {"scale": row.scale, "zero_point": int(row.zero_point)}
         found.setdefault(row.tensor, []).append(entry)
@@ -212,7 +222,7 @@ def csv_text(table: pd.DataFrame, profile: Profile | None = None) -> str:
 
 RANGE_FORMATS = {"aimet": aimet_text, "qnn": qnn_text, "tensorrt": tensorrt_text, "ort": ort_text, "csv": csv_text}
 
-# %% ../../nbs/quant/22_range_files.ipynb #cell-21
+# %% ../../nbs/quant/22_range_files.ipynb #cell-23
 def read_ort_overrides(path: str | Path) -> dict[str, list[dict]]:
     """`TensorQuantOverrides` for `onnxruntime.quantization`, from a file that `write_ranges` wrote.
 
@@ -224,7 +234,7 @@ def read_ort_overrides(path: str | Path) -> dict[str, list[dict]]:
     """
     from onnxruntime.quantization import QuantType
 
-    types = {"QInt8": np.int8, "QUInt8": np.uint8}
+    types = {"QInt8": np.int8, "QUInt8": np.uint8, "QInt16": np.int16, "QUInt16": np.uint16}
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for entries in found.values():
         for entry in entries:
@@ -233,7 +243,7 @@ def read_ort_overrides(path: str | Path) -> dict[str, list[dict]]:
             entry["quant_type"] = QuantType[entry["quant_type"]]
     return found
 
-# %% ../../nbs/quant/22_range_files.ipynb #cell-23
+# %% ../../nbs/quant/22_range_files.ipynb #cell-25
 @dataclass(frozen=True)
 class RangeFile:
     """Ranges for a toolchain.

@@ -258,6 +258,7 @@ class SearchOptions:
 
     Args:
         float_nodes: Names of nodes kept in float.
+        wide_nodes: Names of nodes with 16-bit activations.
         noise: How noise in the outputs is measured.
         runs: How often the network may be run at most; a slow one is run less.
         inputs: How many inputs are used at most.
@@ -266,6 +267,7 @@ class SearchOptions:
     """
 
     float_nodes: Collection[str] = ()
+    wide_nodes: Collection[str] = ()
     noise: NoiseMeasure = noise_shares
     runs: int = 1500
     inputs: int = 16
@@ -380,7 +382,8 @@ def search_ranges(
     options = replace(options, runs=affordable_runs(graph, options.runs))
     few = max(_FEW, min(options.inputs, options.runs // 50))
     variants = {name: range_table(graph, table) for name, table in range_variants(tables, start).items()}
-    written = {k: write_qdq(graph, t, profile, float_nodes=options.float_nodes) for k, t in variants.items()}
+    nodes = {"float_nodes": options.float_nodes, "wide_nodes": options.wide_nodes}
+    written = {k: write_qdq(graph, t, profile, **nodes) for k, t in variants.items()}
     cells = _cells(graph, start, written, variants[start].index)
     network = TunableNetwork(written[start], threads=options.threads)
     descent = _Descent(network, cells, start, list(inputs[:few]), reference[:few], options)
@@ -459,9 +462,10 @@ def expected_seconds(
     repaired = sum(plans[step] for step in steps if step in plans)
     operators = int8_operators(graph, profile)
     nodes = sum(operators is None or op in operators for op in macs(graph).op if op not in profile.float_operators)
+    alone = min(nodes, _NETWORKS) * (pace.write + _SHARED * each) + 4 * measure
     seconds = {
-        "float_nodes": (min(nodes, _NETWORKS) * (pace.write + _SHARED * each) + 4 * measure)
-        * (profile.float_nodes > 0),
+        "wide_nodes": alone * (profile.wide_nodes > 0),
+        "float_nodes": alone * (profile.float_nodes > 0),
         "methods": 10 * measure,
         "clip": 2 * measure,
         "ranges": 16 * pace.write + affordable_runs(graph, runs) * each,

@@ -26,7 +26,7 @@ from ..graph.model import Graph, load_graph
 from .adaround import adaround
 from .bias_clip import absorb_bias, clip_ranges, correct_bias
 from .equalize import equalize
-from .mixed import node_lists, product_nodes
+from .mixed import node_lists, product_nodes, wide_lists
 from .observe import network_input
 from calib_nb.quant.quantize import (
     TRIALS,
@@ -47,14 +47,7 @@ from calib_nb.quant.quantize import (
 )
 from .range_search import Pace, SearchOptions, expected_seconds, search_ranges
 from .ranges import RANGE_METHODS, ranges
-from calib_nb.quant.sensitivity import (
-    Judge,
-    noise_ratio,
-    outputs_of,
-    preferred,
-    sensitivity,
-    smooth,
-)
+from .sensitivity import Judge, noise_ratio, outputs_of, preferred, sensitivity, smooth
 from .stats import ActivationStats
 from .target import Profile
 from .write import stored_weights, write_qdq
@@ -70,6 +63,7 @@ class Plan:
         method: Range method.
         clip: Whether ranges are cut at six standard deviations.
         float_nodes: Names of nodes kept in float.
+        wide_nodes: Names of nodes with 16-bit activations.
         table: Columns low and high per tensor, chosen one by one; None for those of the method.
     """
 
@@ -78,6 +72,7 @@ class Plan:
     method: str = "minmax"
     clip: bool = False
     float_nodes: tuple[str, ...] = ()
+    wide_nodes: tuple[str, ...] = ()
     table: pd.DataFrame | None = None
     _known: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -109,7 +104,7 @@ class Recipe:
     steps: pd.DataFrame
 
 # %% ../../nbs/quant/17_recipe.ipynb #cell-11
-STEPS = ("equalize", "smooth", "absorb", "round", "bias", "float_nodes", "methods", "clip", "ranges")
+STEPS = ("equalize", "smooth", "absorb", "round", "bias", "wide_nodes", "float_nodes", "methods", "clip", "ranges")
 RECIPES = {"auto": tuple(step for step in STEPS if step != "round"), "thorough": STEPS, "all": ("methods",)}
 _RUNS = 15  # of the network for each image, at most, in the search for ranges
 _MOST = 32  # images that are held in memory for what needs more than statistics
@@ -127,6 +122,8 @@ class RecipeOptions(QuantizeOptions):
         share: Share of the images that judge, 0 to 1.
         threads: Threads of ONNX Runtime.
         judge: The task's metric on labelled images, which has the last word about the best plans.
+        goal_db: SQNR of the outputs, dB, at which no further node gets 16 bits or float, on a target that has 16-bit
+            activations.
     """
 
     steps: Sequence[str] = RECIPES["auto"]
@@ -135,6 +132,7 @@ class RecipeOptions(QuantizeOptions):
     share: float = 0.3
     threads: int = 2
     judge: Judge | None = None
+    goal_db: float = 30.0
 
 # %% ../../nbs/quant/17_recipe.ipynb #cell-14
 @dataclass(frozen=True)
@@ -180,7 +178,8 @@ class _Search:
         began = time.perf_counter()
         first = self.plan(device)
         self.pace = Pace(observe=time.perf_counter() - began, images=len(self.tuning_inputs))
-        self.first = replace(first, float_nodes=node_names(given, device, self.options.keep_float))
+        nodes = {"float_nodes": self.options.keep_float, "wide_nodes": self.options.wide}
+        self.first = replace(first, **{kind: node_names(given, device, names) for kind, names in nodes.items()})
 
     def observed(self, graph: Graph) -> ActivationStats:
         """What the calibration images show of a graph."""
@@ -198,16 +197,24 @@ class _Search:
 
     def written(self, plan: Plan) -> Graph:
         """A plan's INT8 form."""
-        return write_qdq(plan.graph, plan.ranges(), self.target, float_nodes=plan.float_nodes)
+        nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
+        return write_qdq(plan.graph, plan.ranges(), self.target, **nodes)
 
     def noise(self, plan: Plan) -> float:
         """Noise of a plan's INT8 form on the tuning images."""
-        began = time.perf_counter()
-        int8 = self.written(plan)
+        began, int8 = time.perf_counter(), self.written(plan)
         wrote = time.perf_counter()
         outputs = outputs_of(int8, self.tuning_inputs, threads=self.threads)
         self.pace = replace(self.pace, write=wrote - began, run=time.perf_counter() - wrote)
         return noise_ratio(self.reference, outputs, self.options.noise)
+
+    def sensitivity(self, plan: Plan, target: Profile) -> pd.DataFrame:
+        """The noise that each node of a plan makes alone on a target."""
+        return sensitivity(plan.graph, plan.ranges(), target, self.inputs[:16], **self.how)
+
+    def reached(self, tried: _Tried) -> bool:
+        """Whether a target with 16-bit activations has no need of more of them, nor of float."""
+        return self.target.wide_nodes > 0 and tried.noise <= 10 ** (-self.options.goal_db / 10)
 
     def forecast(self, steps: Sequence[str]) -> str:
         """How long some steps take, in words."""
@@ -218,9 +225,8 @@ class _Search:
     def measure(self, plan: Plan, step: str, detail: str, on: _Tried | None = None) -> _Tried:
         """A plan that was made of another one, with its noise and a row in the table."""
         noise, path = self.noise(plan), on.path if on else ()
-        made_of = " + ".join(
-            detail if step == "methods" else step for step, detail, *_ in map(self.rows.__getitem__, path)
-        )
+        before = [self.rows[k][:2] for k in path]
+        made_of = " + ".join(detail if step == "methods" else step for step, detail in before)
         self.rows.append((step, detail, made_of, noise))
         tried = _Tried(plan, noise, (*path, len(self.rows) - 1), on)
         if self.options.judge is not None:
@@ -292,20 +298,35 @@ def _less_noisy(*tried: _Tried) -> _Tried:
     return min(tried, key=lambda one: one.noise)
 
 
-def _with_float_nodes(search: _Search, on: _Tried) -> _Tried:
-    plan, best, step = on.plan, on, "float_nodes"
-    lists = {}
-    if search.target.float_nodes:
-        table = sensitivity(plan.graph, plan.ranges(), search.target, search.inputs[:16], **search.how)
-        lists = node_lists(table, search.target, plan.float_nodes)
+def _spared(search: _Search, on: _Tried, kind: str, lists: dict[tuple[str, ...], str]) -> _Tried:
+    """The least noisy of a plan and of lists of nodes in it, up to the first that reaches the goal."""
+    best = on
     for names, detail in lists.items():
-        best = _less_noisy(best, search.measure(replace(plan, float_nodes=names), step, detail, on))
-    limit, taken = search.target.float_macs, best.plan.float_nodes
-    products = product_nodes(plan.graph, taken, limit) if search.target.float_between else []
+        if not search.reached(best):
+            best = _less_noisy(best, search.measure(replace(on.plan, **{kind: names}), kind, detail, on))
+    return best
+
+
+def _with_wide_nodes(search: _Search, on: _Tried) -> _Tried:
+    plan, target = on.plan, search.target
+    if not target.wide_nodes or target.activation_bits > 8 or search.reached(on):
+        return on
+    lists = wide_lists(plan.graph, plan.ranges(), search.sensitivity(plan, target), target, plan.wide_nodes)
+    return _spared(search, on, "wide_nodes", lists)
+
+
+def _with_float_nodes(search: _Search, on: _Tried) -> _Tried:
+    plan, target, lists = on.plan, search.target, {}
+    if target.float_nodes and not search.reached(on):
+        table = search.sensitivity(plan, target.wide if plan.wide_nodes else target)
+        lists = node_lists(table, target, plan.float_nodes)
+    best = _spared(search, on, "float_nodes", lists)
+    taken = best.plan.float_nodes
+    products = product_nodes(plan.graph, taken, target.float_macs) if target.float_between else []
     if products:
         more = replace(best.plan, float_nodes=(*taken, *products))
         detail = f"{len(products)} products of two activations in float too"
-        best = _less_noisy(best, search.measure(more, step, detail, best))
+        best = _less_noisy(best, search.measure(more, "float_nodes", detail, best))
     return best
 
 
@@ -315,13 +336,14 @@ def _best_method(search: _Search, on: _Tried) -> _Tried:
 
 
 def _clipped(search: _Search, on: _Tried) -> _Tried:
-    detail = "ranges cut at six standard deviations"
-    return _less_noisy(on, search.measure(replace(on.plan, clip=True), "clip", detail, on))
+    cut = replace(on.plan, clip=True)
+    return _less_noisy(on, search.measure(cut, "clip", "ranges cut at six standard deviations", on))
 
 
 def _searched(search: _Search, on: _Tried) -> _Tried:
     plan = on.plan
-    options = SearchOptions(float_nodes=plan.float_nodes, runs=search.runs, **search.how)
+    nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
+    options = SearchOptions(runs=search.runs, **nodes, **search.how)
     tables, inputs = {m: plan.observed(m) for m in RANGE_METHODS}, search.inputs[: options.inputs]
     reference = outputs_of(search.simple, inputs, threads=search.threads)
     searched = search_ranges(plan.graph, tables, plan.method, search.target, inputs, reference, options)
@@ -331,13 +353,14 @@ def _searched(search: _Search, on: _Tried) -> _Tried:
     return _less_noisy(on, search.measure(replace(plan, table=searched.table), "ranges", detail, on))
 
 
-_CHOICES = {"float_nodes": _with_float_nodes, "methods": _best_method, "clip": _clipped, "ranges": _searched}
-_PLANS = {"float_nodes": 1, "methods": 2, "clip": 2, "ranges": 1}  # the best ones, that a choice is tried on
+_CHOICES = {"wide_nodes": _with_wide_nodes, "float_nodes": _with_float_nodes, "methods": _best_method}
+_CHOICES |= {"clip": _clipped, "ranges": _searched}
+_PLANS = {"methods": 2, "clip": 2}  # how many of the best ones a choice is tried on; 1 of the others
 
 
 def _chosen(search: _Search, beam: list[_Tried], step: str) -> list[_Tried]:
     """The plans with the nodes or ranges that suit each, the least noisy first."""
-    changed = [_CHOICES[step](search, on) for on in beam[: _PLANS[step]]]
+    changed = [_CHOICES[step](search, on) for on in beam[: _PLANS.get(step, 1)]]
     return sorted([*changed, *beam[len(changed) :]], key=lambda tried: tried.noise)
 
 # %% ../../nbs/quant/17_recipe.ipynb #cell-25
@@ -388,7 +411,7 @@ def auto(
         require_known(step, STEPS, "step of the recipe")
     if options.width < 1:
         raise InputError(f"width {options.width}", expected="at least 1", fix="3 is usual; 1 keeps a single plan")
-    target, request = check_request(model, images, output, profile)
+    target, request = check_request(model, images, output, options.target(profile))
     parts = split_images(list(images), share=options.share, seed=options.seed)
     search = _Search(model, *parts, preprocess, target, options)
     steps = [step for step in STEPS if step in options.steps]
@@ -402,7 +425,7 @@ def auto(
     method = f"auto: {plan.method}" + (", then tensor by tensor" if plan.table is not None else "")
     notes = {"method": method, "recipe": json.dumps(table[table.kept].detail.tolist())} | request
     kept = {"float_nodes": plan.float_nodes, "trial": search.trial()}
-    written = write_int8_model(plan.graph, plan.ranges(), target, output, notes, model, **kept)
+    written = write_int8_model(plan.graph, search.written(plan), target, output, notes, model, **kept)
     return Recipe(replace(written, noise=best.noise), table)
 
 # %% ../../nbs/quant/17_recipe.ipynb #cell-36
@@ -441,8 +464,8 @@ def quantize_by(
     options = with_settings(options or RecipeOptions(), settings)
     if method in RECIPES:
         if options.stats is not None:
-            fix = f"name one of {', '.join(RANGE_METHODS)}"
-            raise InputError(f"a file of statistics, and the method {method}", expected="a single method", fix=fix)
+            what, fix = f"a file of statistics, and the method {method}", f"name one of {', '.join(RANGE_METHODS)}"
+            raise InputError(what, expected="a single method", fix=fix)
         options = replace(options, steps=RECIPES[method])
         return auto(model, images, preprocess, output, profile=profile, options=options)
     plain = QuantizeOptions(**{f.name: getattr(options, f.name) for f in fields(QuantizeOptions)})

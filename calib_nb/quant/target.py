@@ -6,7 +6,7 @@
 __all__ = ['BITS', 'PROFILES', 'Profile', 'read_profile', 'profile']
 
 # %% ../../nbs/quant/05_target.ipynb #cell-2
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..core.errors import InputError, require_known
@@ -34,6 +34,8 @@ class Profile:
             are computed in integers.
         float_nodes: Share (0..1) of the computing nodes that a recipe may keep in float where they hurt.
         float_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
+        wide_nodes: Share (0..1) of the computing nodes that a recipe may give 16-bit activations where they hurt,
+            before it keeps any in float; 0 for a target without them.
         avx2_safe: Whether weights are held back so that two neighbouring products fit into 16 bits, as x86 processors
             with AVX2 and without VNNI need; it costs accuracy, and nothing else needs it.
         about: A sentence that says where the facts are from.
@@ -55,6 +57,7 @@ class Profile:
     float_between: bool = False
     float_nodes: float = 1.0
     float_macs: float = 0.01
+    wide_nodes: float = 0.0
     avx2_safe: bool = False
     about: str = ""
 
@@ -63,12 +66,18 @@ class Profile:
         if self.activation_symmetric and not self.activation_signed:
             fix = "an unsigned grid cannot be symmetric around zero"
             raise InputError(f"{who}: symmetric unsigned activations", expected="signed ones", fix=fix)
-        if not 0 <= self.float_nodes <= 1 or not 0 <= self.float_macs <= 1:
-            shares = f"float_nodes {self.float_nodes}, float_macs {self.float_macs}"
-            raise InputError(f"{who}: {shares}", expected="shares between 0 and 1")
+        shares = {name: getattr(self, name) for name in ("float_nodes", "float_macs", "wide_nodes")}
+        if not all(0 <= share <= 1 for share in shares.values()):
+            words = ", ".join(f"{name} {share}" for name, share in shares.items())
+            raise InputError(f"{who}: {words}", expected="shares between 0 and 1")
         if not all(bits in BITS for bits in (self.weight_bits, self.activation_bits)):
             bits = f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations"
             raise InputError(f"{who}: {bits}", expected="2 to 16 bits")
+
+    @property
+    def wide(self) -> "Profile":
+        """The same target with 16-bit activations."""
+        return replace(self, activation_bits=16)
 
     @property
     def weight_levels(self) -> tuple[int, int]:
@@ -147,6 +156,18 @@ PROFILES = {
             activation_symmetric=False,
             float_operators=tuple(sorted((*_UNTOUCHED, "LeakyRelu", "Sigmoid", "Softmax", "Where"))),
             about="ExecuTorch's XNNPACKQuantizer with get_symmetric_quantization_config(is_per_channel=True).",
+        ),
+        Profile(
+            "qnn-htp",
+            weight_per_channel=True,
+            weight_symmetric=True,
+            activation_signed=False,
+            activation_symmetric=False,
+            float_nodes=0.1,
+            float_macs=0.05,
+            wide_nodes=1.0,
+            about="ONNX Runtime's QNN Execution Provider on Hexagon HTP: uint8 activations, or uint16 where 8 bits "
+            "hurt, with int8 weights per channel; a node in float runs on the CPU.",
         ),
     )
 }

@@ -182,13 +182,17 @@ class UnitPlan:
         self.operator = {n.name: n.op_type for n in graph.nodes}
         self.layers = {layer.node.output[0]: layer for layer in layers(graph)}
 
-    def active(self, float_nodes: Collection[str], only: Collection[str] | None) -> set[str]:
-        """Names of all nodes in INT8, those inside units too."""
-        if unknown := [name for name in [*float_nodes, *(only or ())] if name not in self.unit]:
+    def led(self, names: Collection[str]) -> set[str]:
+        """Names of the nodes that lead the units of some nodes."""
+        if unknown := [name for name in names if name not in self.unit]:
             fix = suggest(unknown[0], self.unit)
             raise InputError(f"the graph has no node '{unknown[0]}'", expected="names of its nodes", fix=fix)
-        leaders = set(_leaders(self.graph, self.ranges, self.inside)) - {self.unit[name] for name in float_nodes}
-        wanted = leaders if only is None else leaders & {self.unit[name] for name in only}
+        return {self.unit[name] for name in names}
+
+    def active(self, float_nodes: Collection[str], only: Collection[str] | None) -> set[str]:
+        """Names of all nodes in INT8, those inside units too."""
+        leaders = set(_leaders(self.graph, self.ranges, self.inside)) - self.led(float_nodes)
+        wanted = leaders if only is None else leaders & self.led(only)
         operators = int8_operators(self.graph, self.profile)
         able = {n for n in wanted if operators is None or self.operator[n] in operators}
         chosen = {n for n in able if self.operator[n] not in self.profile.float_operators}
