@@ -53,7 +53,12 @@ class CoverageStrategy:
     def settings(self) -> dict:
         """What a set records of how it was chosen, as plain values."""
         strata = {"quotas": dict(self.quotas), "column": self.column} if self.quotas else {}
-        return {"model": Path(self.model).name, "model_sha256": sha256_file(self.model), **asdict(self.options), **strata}
+        return {
+            "model": Path(self.model).name,
+            "model_sha256": sha256_file(self.model),
+            **asdict(self.options),
+            **strata,
+        }
 
     def observed(self, files: Sequence[Path], folder: Path | None, progress: bool) -> ActivationStats:
         """Statistics of some images; those that a killed run left in `folder` are taken over."""
