@@ -11,7 +11,6 @@ PYTEST := $(BIN)/python -m pytest tests
 # Three on two cores, since some tests wait for processes that they stopped.
 WORKERS := $(shell python3 -c "import os; print(min(4, (os.cpu_count() or 2) * 3 // 2))" 2>/dev/null || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export PYTHONDONTWRITEBYTECODE = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo android docs test test-slow test-browser test-android test-machines notebooks export readme lint format types
@@ -35,6 +34,7 @@ docs: $(READY)  ## notebooks, API and guides as a site, in outputs/docs
 
 test: $(READY)  ## every check; the log stays in outputs/test
 	@mkdir -p outputs/test
+	@$(BIN)/python -m compileall -q -j 0 calib_nb
 	@set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal \
 	    --junitxml=outputs/test/junit.xml 2>&1 | tee outputs/test/log.txt
 	@echo "== all checks passed; the log is $(CURDIR)/outputs/test/log.txt"

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import settings
 
@@ -12,10 +13,15 @@ settings.register_profile("house", derandomize=True, deadline=None)
 settings.load_profile("house")
 
 
-def pytest_configure():
-    """Give Ctrl-C back: a background job of a shell starts with it ignored, and its children inherit that."""
+def pytest_configure(config):
+    """Give Ctrl-C back: a background job of a shell starts with it ignored, and its children inherit that.
+
+    Several workers share one preloaded process, which is made while they collect.
+    """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        forked.share()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
 
@@ -39,15 +39,31 @@ PRELOAD = [
 ]
 
 
+# Names the socket of a server that another process has started.
+SHARED = "CALIB_NB_TEST_FORKSERVER"
+
+
 @cache
 def server():
     """The context whose processes are forked from the preloaded one, which finds its modules by PYTHONPATH alone."""
     context = multiprocessing.get_context("forkserver")
+    if SHARED in os.environ:
+        shared = forkserver._forkserver
+        shared._forkserver_address = os.environ[SHARED]
+        shared._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)  # it lives as long as the one that started it
+        shared.ensure_running = resource_tracker.ensure_running
+        return context
     context.set_forkserver_preload(PRELOAD)
     folders = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):
         forkserver.ensure_running()
     return context
+
+
+def share() -> None:
+    """Start the server now, for this process and those that it starts from now on."""
+    server()
+    os.environ.setdefault(SHARED, forkserver._forkserver._forkserver_address)
 
 
 def start(target: Callable, *args, env: dict[str, str] | None = None):

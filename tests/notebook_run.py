@@ -55,6 +55,7 @@ def run(path: str, pipe) -> None:
     path = Path(path)
     os.chdir(path.parent)
     shell = CaptureShell(path, mpl_format="png")
+    shell._run("set_matplotlib_formats('png', bbox_inches=None)")  # cropping draws every figure twice
     texts = []
     for number, cell in enumerate(code_cells(path)):
         if re.search(r"^#\|\s*eval:\s*false", cell["source"], re.M):
