@@ -249,7 +249,8 @@ def plot_trust(trust: Trust, axes=None):
     axes[0].legend(frameon=False, fontsize=9)
     if trust.advice is not None:
         plot_advice(trust.advice, axes[1])
-    axes[1].axvline(trust.chosen, color="#0072B2", lw=1.5, ls=":")
+    axes[1].axvline(trust.chosen, color="#0072B2", lw=1.5, ls=":", label=f"this set: {trust.chosen:,}")
+    axes[1].legend(frameon=False, fontsize=9)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return axes

@@ -318,7 +318,7 @@ def plot_advice(advice: Advice, ax=None):
         ax.axvspan(advice.low, advice.images, color="0.5", alpha=0.15, lw=0)
         ax.axvline(advice.images, color="0.4", ls="--", lw=1, label=f"{advice.images:,} images")
     else:
-        ax.text(0.97, 0.6, "the pool is too small to tell", transform=ax.transAxes, ha="right", color="0.4")
+        ax.set_title("the pool is too small to tell", fontsize="small", loc="right", color="0.3")
     top = max(3.0, float(table.loss_high[table.images >= advice.low].max()))
     ax.set(
         xscale="log", xlabel="images", ylabel="noise above the pool's, dB", ylim=(min(-0.5, table.loss_db.min()), top)
