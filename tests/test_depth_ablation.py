@@ -155,7 +155,7 @@ def test_repairs_close_the_gap_that_unequal_channels_open(demo, pool, held_out, 
     """Synthetic: the gap was made of what equalization removes, so nearly all of it must be closed."""
     chain = preset("depth", size=(96, 64))
     trials = [
-        *calibration_trials(demo.model, pool, counts=(30, 60)),
+        *calibration_trials(demo.model, pool, counts=(30,)),
         *repair_trials(demo.model, pool.images[:40])[:2],
         *fine_tuned_trials({"the same again": demo.model}, pool.images[:40]),
     ]

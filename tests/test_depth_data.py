@@ -20,7 +20,7 @@ from calib_nb.core.errors import ImageError, InputError
 from calib_nb.core.run import read_json
 from calib_nb.data.dataset import LINKS
 from calib_nb.data.images import encode_png
-from calib_nb.depth.analyze import analyze, match
+from calib_nb.depth.analyze import analyze, describe, match
 from calib_nb.depth.copy import copy_set
 from calib_nb.depth.demo_drawings import POOL, REGIMES, SAMPLE_FAULTS, cached_ncdb
 from calib_nb.depth.metadata import (
@@ -497,12 +497,8 @@ def test_the_figures_match_by_scene_and_name(drawn, tmp_path):
         picture = cv2.imread(str(tmp_path / "out" / name))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
     one = split_pool(found.table, target_size=1).rows  # a standard deviation of one frame is none
-    assert (
-        analyze(root, found.table, write_split(one, tmp_path / "one.json"), tmp_path / "one").statistics["selection"][
-            "depth_m"
-        ]["mean_depth"]["std"]
-        is None
-    )
+    alone, _ = match(found.table, write_split(one, tmp_path / "one.json"))
+    assert describe(alone)["depth_m"]["mean_depth"]["std"] is None
 
 
 # --- the commands, and real pairs

@@ -116,7 +116,7 @@ def test_parameters_and_operations_are_the_published_ones(variant, mparams, mflo
     "variant",
     [
         "edgeface_xxs",
-        "edgeface_xs_gamma_06",
+        pytest.param("edgeface_xs_gamma_06", marks=pytest.mark.slow),
         pytest.param("edgeface_s_gamma_05", marks=pytest.mark.slow),
         pytest.param("edgeface_base", marks=pytest.mark.slow),
     ],
@@ -230,7 +230,7 @@ def test_a_training_step_reaches_every_weight_and_lowers_the_loss():
 @pytest.mark.parametrize(
     "variant",
     [
-        "edgeface_xxs",
+        pytest.param("edgeface_xxs", marks=pytest.mark.slow),
         pytest.param("edgeface_xs", marks=pytest.mark.slow),
         "edgeface_xs_gamma_06",
         pytest.param("edgeface_s_gamma_05", marks=pytest.mark.slow),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def name(path: Path) -> str:
     return path.relative_to(NBS).as_posix()
 
 
+@cache  # a dozen tests read each notebook
 def cells(path: Path) -> list[dict]:
     loaded = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [{**cell, "source": "".join(cell["source"])} for cell in loaded]

@@ -29,9 +29,10 @@ NAMES = list(list_reports().index)
 # Their steps run in the notebooks of faces, depth, tags, training and commands, too.
 LONG = ("depth", "edgeface", "face-alignment", "face-training", "tags", "yunet")
 WHOLE = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES]
-# The recipe, and ExecuTorch programs, take longer than all the rest of a report: `quantize` shows the one, slow tests
-# the other.
+# The recipe, and ExecuTorch programs, take longer than all the rest of a report: slow tests show both, and the tour
+# the recipe.
 QUICK = {
+    "quantize": {"method": "minmax"},
     "depth": {"recipe": "all"},
     "tags": {"pte": False, "method": "minmax", "profiles": "ort-cpu"},
     "face-alignment": {"method": "minmax", "drift_images": 10},
@@ -57,16 +58,11 @@ def run_demo(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_demo_is_safe_to_repeat(tmp_path):
-    assert run_demo(tmp_path) == run_demo(tmp_path)
-
-
-def run(name: str, root: Path) -> Path:
-    """The run folder of a report on its demo data; that of `quantize` is what `calib-nb demo` ends with."""
-    if name != "quantize":
-        return run_report(name, QUICK.get(name), root=root).folder
-    page = run_demo(root.parent)
-    assert page.name == "report.html" and page.is_file()
-    return page.parent
+    """Quick tests of its steps: the tour's notebook, and the report `quantize` below."""
+    page = run_demo(tmp_path)
+    assert page == tmp_path / "outputs" / "quantize" / "demo" / "demo" / "report.html" and page.is_file()
+    check_page(page.read_text(encoding="utf-8"), "quantize")
+    assert run_demo(tmp_path) == page
 
 
 def pixels(data: bytes) -> int:
@@ -104,7 +100,7 @@ def check_page(page: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_report_on_its_demo_data_leaves_a_whole_run_folder(name, root):
-    folder = run(name, root)
+    folder = run_report(name, QUICK.get(name), root=root).folder
     assert folder == root / name / "demo" / "demo"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "ynthetic" in page and "<script" not in page and not re.search(r'(?:src|href)="(?!data:|#|https?://)', page)
