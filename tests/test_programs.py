@@ -122,3 +122,30 @@ def test_damaged_programs_end_in_one_line(program, tmp_path, monkeypatch):
     for k in crashing[:3]:
         with pytest.raises(ModelError):
             pte.PteSession(program.parent / f"{k}.pte")
+
+
+FIRST = {  # what a process may do first with ExecuTorch
+    "table": "from calib_nb.nets.pte import backend_table; backend_table()",
+    "write": "from calib_nb.nets.pte import write_pte; write_pte(program(), 'new.pte')",
+    "run": "from calib_nb.nets.pte import PteSession; PteSession('whole.pte').run(None, {'input': x.numpy()})",
+    "calibrate": "from calib_nb.tags.export import calibrated_program; calibrated_program(net, [x.numpy()] * 2)",
+    "every module": "import pkgutil, importlib, calib_nb\n"
+    "for m in pkgutil.walk_packages(calib_nb.__path__, 'calib_nb.'):\n"
+    "    m.name.endswith('__main__') or importlib.import_module(m.name)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", FIRST)
+def test_a_process_says_nothing_of_torchao(first, program, tmp_path):
+    """Importing ExecuTorch prints what torchao cannot load, and warnings: none of it reaches stderr."""
+    (tmp_path / "whole.pte").write_bytes(program.read_bytes())
+    setup = (
+        "import torch\nfrom calib_nb.nets.pte import PteSession\n"
+        "net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()\n"
+        "x = torch.zeros(SHAPE)\nprogram = lambda: torch.export.export(net, (x,))\n"
+    )
+    shape = list(pte.PteSession(program).get_inputs()[0].shape)
+    code = setup.replace("SHAPE", str(shape)) + FIRST[first]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
