@@ -13,7 +13,7 @@ WORKERS := $(shell python3 -c "import os; print(min(4, (os.cpu_count() or 2) * 3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo android docs test test-slow test-browser test-android test-machines notebooks export readme lint format types
+.PHONY: help demo android docs test test-slow test-browser test-android test-machines bench-gpu notebooks export readme lint format types
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ test-browser: $(READY)  ## the explorers in JupyterLab and Voila, used in a real
 
 test-machines: $(READY)  ## the trained notebooks under other instruction sets, thread counts and seeds
 	@$(BIN)/python .ci/machines.py
+
+bench-gpu: $(READY)  ## one machine at its limit: training, observation and INT8 beside their bars, in five minutes
+	@$(BIN)/python .ci/bench_gpu.py
 
 notebooks: $(READY)  ## run the notebooks and store what they show
 	@$(BIN)/python .ci/notebooks.py

@@ -483,17 +483,20 @@ def test_thresholds_and_devices(crowd):
 def test_the_fallback_is_said_once(crowd, caplog):
     import onnxruntime
 
-    from calib_nb.graph import contract
+    from calib_nb.core import device
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("CUDA is there")
-    contract._log_fallback.cache_clear()
-    with caplog.at_level(logging.INFO, logger="calib_nb"):
-        for _ in range(3):
-            FaceDetector("yunet", "auto", model=crowd)
-    assert [r.message for r in caplog.records] == ["ONNX models run on the CPU: the installed ONNX Runtime has no CUDA"]
-    with pytest.raises(InputError, match="device 'cuda' cannot be used"):
-        FaceDetector("yunet", "cuda", model=crowd)
+    line = "models of ONNX Runtime run on the CPU: the installed ONNX Runtime has no CUDA"
+    for word, level in (("auto", "INFO"), ("cuda", "WARNING")):
+        device._log_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="calib_nb"):
+            for _ in range(3):
+                FaceDetector("yunet", word, model=crowd)
+        assert [(r.levelname, r.message) for r in caplog.records] == [(level, line)]
+    with pytest.raises(InputError, match="device 'cuda!' cannot be used: the installed ONNX Runtime has no CUDA"):
+        FaceDetector("yunet", "cuda!", model=crowd)
 
 
 def test_rtmpose_needs_a_file_and_says_so(tmp_path):

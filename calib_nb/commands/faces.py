@@ -130,7 +130,7 @@ def bench(
     models_dir: Annotated[
         Path | None, typer.Option(help="Where published models are (default: CALIB_NB_MODELS, else the user's cache).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; cuda! stops without it.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run in this folder computed.")] = False,
 ):
     """Measure face detectors and embedding networks on pairs of images: accuracy, ROC, EER, TAR, time, memory."""
@@ -185,7 +185,7 @@ _Networks = Annotated[
 ]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Crops per batch of a network.")]
 _Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode (default: one per core).")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda; cuda! stops without it.")]
 
 
 @app.command(

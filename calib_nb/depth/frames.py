@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.errors import InputError, require_known
 from ..data.images import decode
 from ..data.preprocess import Preprocess
+from ..data.reduced import decode_reduced
 from .metadata import metadata, unit_note
 from .metrics import DepthTask, Scoring, output_depth, scored_pixels
 from .ncdb import read_depth
@@ -50,16 +51,30 @@ class Frames:
         self.root, self.table, self.size, self.scale = Path(root), table.reset_index(drop=True), size, scale
         self.guesses = dict(guesses or {})
         chain = Preprocess().convert_color("BGR2RGB")
-        self._chain = (chain.resize(*size) if size else chain).div(255).transpose([2, 0, 1])
+        self._pixels = chain.resize(*size) if size else chain
+        self._chain = self._pixels.div(255).transpose([2, 0, 1])
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        depth_m = self._depth(k)
+        return self._chain(decode(self.root / self.table["image_path"][k])).astype(np.float32), depth_m
+
+    def pixels(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frame `k` as a GPU learns from it: RGB uint8 [H,W,3] and depth.
+
+        With a `size`, RGB of at least twice that is decoded at a part of its size; depth never is.
+        """
+        depth_m, least = self._depth(k), max(self.size or (0,))
+        path = self.root / self.table["image_path"][k]
+        return np.ascontiguousarray(self._pixels(decode_reduced(path, least) if least else decode(path))), depth_m
+
+    def _depth(self, k: int) -> np.ndarray:
         depth_m = self.depth_map(k)
         if self.size and depth_m.shape[::-1] != tuple(self.size):
             depth_m = cv2.resize(depth_m, self.size, interpolation=cv2.INTER_NEAREST_EXACT)
-        return self._chain(decode(self.root / self.table["image_path"][k])).astype(np.float32), depth_m
+        return depth_m
 
     @property
     def images(self) -> list[Path]:
@@ -92,7 +107,7 @@ class Frames:
         """How the depth maps are read; None when they are not all read alike, or it is not known."""
         return self.scale or (next(iter(self.guesses)) if len(self.guesses) == 1 else None)
 
-# %% ../../nbs/depth/12_frames.ipynb #cell-13
+# %% ../../nbs/depth/12_frames.ipynb #cell-15
 def read_frames(
     root: str | Path,
     split_file: str | Path = "train_split.json",
@@ -139,7 +154,7 @@ def read_frames(
         _log.log(logging.WARNING if doubtful else logging.INFO, note)
     return Frames(root, table, size=size, scale=scale, guesses=found.guesses)
 
-# %% ../../nbs/depth/12_frames.ipynb #cell-19
+# %% ../../nbs/depth/12_frames.ipynb #cell-21
 class _DepthMaps:
     """Depth maps by number, read when asked for."""
 
@@ -163,7 +178,7 @@ def depth_task(frames: Frames, preprocess: Preprocess, scoring: Scoring = Scorin
     """
     return DepthTask(frames.images, _DepthMaps(frames), preprocess, scenes=frames.scenes, scoring=scoring)
 
-# %% ../../nbs/depth/12_frames.ipynb #cell-24
+# %% ../../nbs/depth/12_frames.ipynb #cell-26
 def depth_noise(scoring: Scoring = Scoring()) -> NoiseMeasure:
     """How a recipe measures the noise of a depth network: mean squared difference of ln depth.
 

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..core.device import resolve_device
 from ..core.errors import InputError, ModelError, require_known
 from ..core.parallel import bar_switch
 from ..core.run import atomic_file
@@ -26,6 +27,7 @@ from .losses import DEPTH_LOSSES, PENALTIES, mean_penalty, range_penalty, smooth
 from .metrics import DEPTH_METRICS, Scoring, depth_metrics
 from .network import DepthNet
 from ..nets.checkpoint import read_checkpoint, restore_module, restore_training, restoring
+from ..nets.processes import batch_loader
 
 PENALTY_WEIGHTS = {"": 0.0, "mean": 1e-8, "range": 0.02}
 _FORMAT = 1  # of checkpoints
@@ -48,8 +50,8 @@ class DepthTraining:
         penalty_weight: Its factor; None: PENALTY_WEIGHTS.
         mirror: Mirror every second frame at random.
         seed: Of order and mirroring.
-        device: torch's name of one; None: a GPU if there is one. Not part of what a resumed run must repeat.
-        workers: Processes that read frames; not part of it either.
+        device: As of `calib_nb.core.device.resolve_device`; None: auto. Not part of what a resumed run must repeat.
+        workers: Processes that read frames, or auto; None: auto on a GPU, else 0. Not part of it either.
 
     Source: Loshchilov and Hutter 2019; Godard et al. 2019 (smoothness).
     """
@@ -67,7 +69,7 @@ class DepthTraining:
     mirror: bool = True
     seed: int = 0
     device: str | None = None
-    workers: int = 0
+    workers: int | str | None = None
 
     def __post_init__(self):
         require_known(self.loss, DEPTH_LOSSES, "loss")
@@ -141,14 +143,14 @@ def read_pair(pairs: Sequence, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 class _Loaded(torch.utils.data.Dataset):
     """Items by number, for the workers of a DataLoader."""
 
-    def __init__(self, pairs: Sequence):
-        self.pairs = pairs
+    def __init__(self, pairs: Sequence, pixels: bool):
+        self.pairs, self.pixels = pairs, pixels
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, k: int):
-        return k, *read_pair(self.pairs, k)
+        return k, *(map(torch.from_numpy, self.pairs.pixels(k)) if self.pixels else read_pair(self.pairs, k))
 
     def collate(self, items: list) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         if len(sizes := {item[2].shape for item in items}) > 1:
@@ -162,20 +164,22 @@ class _Loaded(torch.utils.data.Dataset):
         return list(numbers), torch.stack(rgb), torch.stack(depths)
 
 
-def _loader(pairs: Sequence, batches: list[list[int]], workers: int):
-    data = _Loaded(pairs)
-    return torch.utils.data.DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=data.collate,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(0),
-    )
+def _loader(pairs: Sequence, batches: list[list[int]], workers: int | str | None, device="cpu", learn: bool = False):
+    """Batches of (numbers, RGB, depth); to `learn` from on a GPU, RGB is uint8 [N,H,W,3] where the pairs have that."""
+    kind = torch.device(device).type
+    data = _Loaded(pairs, learn and kind == "cuda" and hasattr(pairs, "pixels"))
+    workers = ("auto" if kind == "cuda" else 0) if workers is None else workers
+    return batch_loader(data, batches, workers, kind, data.collate)
 
 # %% ../../nbs/depth/10_train.ipynb #cell-18
 @torch.no_grad()
 def evaluate_network(
-    network: Callable, pairs: Sequence, scoring: Scoring = Scoring(), *, batch: int = 8, workers: int = 0
+    network: Callable,
+    pairs: Sequence,
+    scoring: Scoring = Scoring(),
+    *,
+    batch: int = 8,
+    workers: int | str | None = None,
 ) -> pd.DataFrame:
     """Score a network frame by frame.
 
@@ -197,8 +201,8 @@ def evaluate_network(
     try:
         rows = []
         batches = [list(range(k, min(k + batch, len(pairs)))) for k in range(0, len(pairs), batch)]
-        for _, rgb, depth_m in _loader(pairs, batches, workers):
-            predicted = network(normalise(rgb.to(device))).float().cpu().numpy()[:, 0]
+        for _, rgb, depth_m in _loader(pairs, batches, workers, device):
+            predicted = network(normalise(rgb.to(device, non_blocking=True))).float().cpu().numpy()[:, 0]
             rows += [depth_metrics(p, t, scoring) for p, t in zip(predicted, depth_m.numpy())]
     finally:
         if module:
@@ -275,26 +279,32 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.mixed and self.dtype == torch.float16)
         self.history: list[dict] = []
 
-    def step(self, rgb: torch.Tensor, depth_m: torch.Tensor, rate: float) -> float | None:
+    def step(self, rgb: torch.Tensor, depth_m: torch.Tensor, rate: float, mirrored: torch.Tensor) -> float | None:
         """One step of the optimizer; its loss, or None, and nothing changed, when that or a gradient is not finite."""
-        rgb, depth_m, s = rgb.to(self.device, memory_format=torch.channels_last), depth_m.to(self.device), self.settings
+        rgb, depth_m, mirrored = (x.to(self.device, non_blocking=True) for x in (rgb, depth_m, mirrored))
+        rgb = rgb.permute(0, 3, 1, 2) / 255 if rgb.dtype == torch.uint8 else rgb
+        rgb = torch.where(mirrored[:, None, None, None], rgb.flip(-1), rgb)
+        rgb = rgb.contiguous(memory_format=torch.channels_last)
+        depth_m, s = torch.where(mirrored[:, None, None], depth_m.flip(-1), depth_m), self.settings
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed):
             predicted = self.network(normalise(rgb))
         loss = DEPTH_LOSSES[s.loss](predicted.float(), depth_m)
         loss = loss + s.smoothness * smoothness_loss(predicted.float(), rgb) if s.smoothness else loss
         loss = loss + s.penalty_weight * PENALTIES[s.penalty](self.network) if s.penalty else loss
-        if not torch.isfinite(loss):
+        scaled = self.scaler.is_enabled()
+        if (scaled or not self.mixed) and not torch.isfinite(loss):
             return None
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), s.clip)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+        value, length = torch.stack([loss.detach(), norm]).tolist()  # the only stop of a step on a GPU
+        if not (scaled or math.isfinite(length) and math.isfinite(value)):
             return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.item()
+        return value
 
     def save(self, path: Path, frames: int) -> None:
         content = {"network": self.network.settings, "training": self.repeated(), "frames": frames}
@@ -337,11 +347,10 @@ def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float,
     steps, losses, pixels = len(pairs) // s.batch, [], 0
     batches = torch.randperm(len(pairs), generator=generator)[: steps * s.batch].reshape(steps, s.batch).tolist()
     mirrored = torch.rand(steps, s.batch, generator=generator) < (0.5 if s.mirror else 0.0)
-    for k, (chosen, rgb, depth_m) in enumerate(_loader(pairs, batches, s.workers)):
-        rgb[mirrored[k]], depth_m[mirrored[k]] = rgb[mirrored[k]].flip(-1), depth_m[mirrored[k]].flip(-1)
+    for k, (chosen, rgb, depth_m) in enumerate(_loader(pairs, batches, s.workers, run.device, learn=True)):
         step, pixels = epoch * steps + k, pixels + int((depth_m > 0).sum())
         rate = learning_rate_at(step, s.epochs * steps, s)
-        loss = run.step(rgb, depth_m, rate)
+        loss = run.step(rgb, depth_m, rate, mirrored[k])
         if loss is None:
             frames = ", ".join(name_of(pairs, i) for i in chosen)
             raise InputError(
@@ -392,7 +401,7 @@ def train_depth(
         raise InputError("nothing to resume from", fix="name the folder of the run")
     if checkpoint and checkpoint.is_file() and not resume:
         raise InputError(f"{folder} holds a training already", fix="say resume=True, or name another folder")
-    run = _Run(network, settings, torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    run = _Run(network, settings, torch.device(resolve_device(settings.device or "auto")))
     if resume and checkpoint.is_file():
         run.resume(checkpoint, frames)
     steps = frames // settings.batch

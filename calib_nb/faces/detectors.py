@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.cluster import file_of, named_file, worker_threads
+from ..core.device import resolve_device
 from ..core.errors import CalibError, ImageError, InputError, ModelError, require_known
 from ..core.models import fetch_model, find_models, verify_models
 from ..core.parallel import parallel_map
@@ -236,7 +237,7 @@ class FaceDetector:
 
     Args:
         name: The method, see `DETECTORS`.
-        device: "auto", "cpu" or "cuda".
+        device: One of `calib_nb.core.device.DEVICES`.
         models: Folder of published files, instead of the usual one.
         model: Another file for the method (mtcnn: a folder of its three).
         score_threshold: Least score of a face, instead of the method's.
@@ -262,7 +263,8 @@ class FaceDetector:
         threads: int = 2,
     ):
         self.name, self.method = name, DETECTORS[require_known(name, DETECTORS, "face detector")]
-        require_known(device, ("auto", "cpu", "cuda"), "device")
+        engine = self.method.runs_on if self.method.runs_on in ("torch", "mediapipe") else "onnxruntime"
+        on_gpu = resolve_device(device, engine) != "cpu"
         given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
         self.thresholds = _thresholds(name, given, boxes)
         if model is not None and not Path(model).exists():
@@ -281,7 +283,7 @@ class FaceDetector:
             self._engine = RtmposeFaces(model, below._engine, threads=threads, device=device)
         else:
             published = tuple(fetch_model(m, models) for m in find_models(self.method.models)) if model is None else ()
-            self._engine = self._build(device, model, threads, *published)
+            self._engine = self._build(device, on_gpu, model, threads, *published)
         self._made_of = name, device, published, own, (*given.items(), ("boxes", boxes), ("threads", threads))
 
     def __reduce__(self):
@@ -289,10 +291,10 @@ class FaceDetector:
         published, own = (tuple(map(named_file, files)) for files in (published, own))
         return _made_once, (name, device, published, own, options)
 
-    def _build(self, device, model, threads, *published):
+    def _build(self, device, on_gpu, model, threads, *published):
         name, method, own = self.name, self.method, self.thresholds
         path = Path(model) if model is not None else published[0]
-        if name == "yunet" and model is None and device != "cuda":
+        if name == "yunet" and model is None and not (on_gpu and device != "auto"):
             return OpenCVYuNet(path, max_side=1280, **own)
         if name == "yunet":
             return YuNetDetector(path, threads=threads, device=device, **own)

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.cluster import file_of, named_file, worker_threads
+from ..core.device import resolve_device
 from ..core.errors import ImageError, InputError, ModelError
 from ..core.parallel import Journal, current_engine, parallel_map
 from ..data.images import decode
@@ -163,7 +164,7 @@ def open_embedder(model, *, threads: int = 2, device: str = "cpu") -> Embedder:
     Args:
         model: ONNX file, or EdgeFace checkpoint (.pt, .pth), which runs in torch; an embedder stays what it is.
         threads: Threads of an ONNX file.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
 
     Raises:
         ModelError: It is no such network.
@@ -172,11 +173,9 @@ def open_embedder(model, *, threads: int = 2, device: str = "cpu") -> Embedder:
         return model
     if Path(model).suffix.lower() not in (".pt", ".pth"):
         return Embedder(model, threads=threads, device=device)
-    import torch
-
     from calib_nb.faces.edgeface import load_edgeface
 
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     return TorchEmbedder(load_edgeface(model).to(device), name=Path(model).name, device=device)
 
 # %% ../../nbs/faces/14_embed.ipynb #cell-20

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['CROP', 'load_arrays', 'mtcnn_net', 'pyramid_scales', 'window_boxes', 'regress_boxes', 'square_boxes', 'cut_crops',
-           'overlap_of_smaller', 'Mtcnn']
+           'overlap_of_smaller', 'full_precision', 'Mtcnn']
 
 # %% ../../nbs/faces/04_mtcnn.ipynb #cell-2
+import contextlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ..core.errors import InputError, ModelError, require_known
+from ..core.device import resolve_device
+from ..core.errors import ModelError, require_known
 from .detect import Faces, box_iou, suppress
 
 # %% ../../nbs/faces/04_mtcnn.ipynb #cell-9
@@ -245,18 +247,37 @@ def overlap_of_smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return iou * (area_a[:, None] + area_b) / (1 + iou) / np.minimum(area_a[:, None], area_b)
 
 # %% ../../nbs/faces/04_mtcnn.ipynb #cell-41
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside the block a GPU computes float32 in all of its bits; afterwards as before.
+
+    TF32, which torch allows convolutions, keeps 10 of 23 bits, and candidates near a threshold come or go.
+    """
+    import torch
+
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before):
+            kind.allow_tf32 = allowed
+
+
 class Mtcnn:
     """The whole cascade, in torch.
 
     Args:
         folder: Holds the weights pnet.npy, rnet.npy and onet.npy.
-        device: "cpu", "cuda" or "auto".
+        device: As of `calib_nb.core.device.resolve_device`.
         min_face: Smallest face that is looked for, pixels.
         thresholds: Least probability in each stage; the ports of MTCNN have 0.8 last, which lets in hands and patterns.
         max_side: An image with a longer side, in pixels, is shrunk before.
 
     Raises:
-        InputError: The device cannot be used.
+        InputError: The device is unknown, or is "cuda!" and there is no CUDA.
         ModelError: The weights are missing or those of another network.
 
     Source: Zhang et al. 2016; suppression as in its ports.
@@ -271,11 +292,7 @@ class Mtcnn:
         thresholds: tuple[float, float, float] = (0.6, 0.7, 0.9),
         max_side: int = 1600,
     ):
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device 'cuda' cannot be used: torch finds no CUDA", fix='take device="auto"')
-        self.device = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+        self.device = resolve_device(device)
         arrays = {stage: load_arrays(Path(folder) / f"{stage}.npy") for stage in CROP}
         self.nets = {stage: mtcnn_net(stage, weights).to(self.device) for stage, weights in arrays.items()}
         self.min_face, self.thresholds, self.max_side = min_face, thresholds, max_side
@@ -283,7 +300,7 @@ class Mtcnn:
     def _run(self, stage: str, batch: np.ndarray) -> list[np.ndarray]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             batches = [torch.from_numpy(part) for part in np.array_split(batch, -(-len(batch) // 512))]
             parts = [self.nets[stage](part.to(self.device)) for part in batches]
         return [torch.cat(column).cpu().numpy() for column in zip(*parts)]

@@ -8,9 +8,7 @@ __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_d
            'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
-import functools
 import hashlib
-import logging
 import mmap
 import os
 import re
@@ -23,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, ModelError, require_known
+from ..core.device import resolve_device, use_cpu
+from ..core.errors import InputError, ModelError
 from ..core.run import contained, sha256_file
-
-_log = logging.getLogger(__name__)
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-8
 @dataclass(frozen=True)
@@ -427,23 +424,21 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
     Args:
         path: The file.
         threads: Threads per operator.
-        device: "cpu", "cuda", or "auto" (CUDA where it works).
+        device: One of `calib_nb.core.device.DEVICES`.
 
     Returns:
         The session.
 
     Raises:
         ModelError: ONNX Runtime cannot open the file.
-        InputError: The device is unknown, or is "cuda" and cannot be used.
+        InputError: The device is unknown, or is "cuda!" and there is no CUDA.
     """
     import onnxruntime as ort
 
-    require_known(device, ("auto", "cpu", "cuda"), "device")
+    wanted = ["CUDAExecutionProvider"] if resolve_device(device, "onnxruntime") == "cuda" else []
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = session_threads(threads), 1
     options.log_severity_level = 3
-    available = "CUDAExecutionProvider" in ort.get_available_providers()
-    wanted = ["CUDAExecutionProvider"] if available and device != "cpu" else []
     try:
         session = ort.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
         session = BoundedSession(session) if has_loop(path) else session
@@ -453,16 +448,6 @@ def open_session(path: str | Path, threads: int = 2, device: str = "cpu"):
         read_contract(path)  # says it better where the file itself is at fault
         fix = "export it again, with an opset that ONNX Runtime knows"
         raise ModelError(f"ONNX Runtime cannot open {path}: {runtime_reason(e)}", fix=fix) from e
-    if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
-        reason = "its CUDA libraries or driver do not load" if available else "the installed ONNX Runtime has no CUDA"
-        if device == "cuda":
-            fix = 'install onnxruntime-gpu and its CUDA libraries, or take device="auto"'
-            raise InputError(f"device 'cuda' cannot be used: {reason}", fix=fix)
-        _log_fallback(reason)
+    if wanted and session.get_providers()[0] != wanted[0]:
+        use_cpu(device, "onnxruntime", "its CUDA libraries or driver do not load")
     return session
-
-
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    """Log once per reason that a session runs on the CPU."""
-    _log.info("ONNX models run on the CPU: %s", reason)

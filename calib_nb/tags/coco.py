@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'COCO_CATEGORIES', 'sound_entries', 'tag_table', 'image_fault', 'TagSet', 'image_folder', 'load_coco',
-           'load_tagged', 'to_tensor', 'short_side', 'evaluation_chain', 'random_crop', 'jitter', 'TagDataset',
-           'EpochBatches']
+           'load_tagged', 'to_tensor', 'short_side', 'evaluation_chain', 'scale_short_side', 'random_crop',
+           'draw_jitter', 'jitter', 'Reading', 'TagDataset', 'finish_batch', 'EpochBatches']
 
 # %% ../../nbs/tags/04_coco.ipynb #cell-2
 import logging
@@ -24,6 +24,8 @@ from ..core.parallel import parallel_map
 from ..core.run import contained, read_json
 from ..data.images import EXTENSIONS, decode, probe
 from ..data.preprocess import PRESETS, Preprocess
+from ..data.reduced import decode_reduced
+from ..nets.processes import ArrayCache
 
 _log = logging.getLogger(__name__)
 
@@ -371,10 +373,30 @@ def evaluation_chain(size: int = 224, crop: float = 0.875) -> Preprocess:
 
     Source: torchvision's references.
     """
-    scaled = Preprocess().resize(size=short_side(size, crop), mode="torchvision").centercrop(size, size)
-    return Preprocess((*scaled.steps, *to_tensor().steps))
+    return Preprocess((*_middle(size, crop).steps, *to_tensor().steps))
+
+
+def _middle(size: int, crop: float) -> Preprocess:
+    return Preprocess().resize(size=short_side(size, crop), mode="torchvision").centercrop(size, size)
 
 # %% ../../nbs/tags/04_coco.ipynb #cell-39
+def scale_short_side(bgr: np.ndarray, side: int, *, quick: bool = False) -> np.ndarray:
+    """Bring the short side of an image to `side` pixels, both by the same factor.
+
+    Args:
+        bgr: BGR uint8 [H,W,3].
+        side: Pixels.
+        quick: Down to a half, interpolate instead of averaging, in a quarter of the time.
+
+    Returns:
+        BGR uint8, of the same shape of picture.
+    """
+    scale = side / min(bgr.shape[:2])
+    size = tuple(max(side, round(length * scale)) for length in bgr.shape[1::-1])
+    how = cv2.INTER_AREA if scale < (0.5 if quick else 1) else cv2.INTER_LINEAR
+    return bgr if scale == 1 else cv2.resize(bgr, size, interpolation=how)
+
+
 def random_crop(bgr: np.ndarray, size: int, side: int, rng: np.random.Generator) -> np.ndarray:
     """Cut a random piece, mirrored half of the time.
 
@@ -389,13 +411,16 @@ def random_crop(bgr: np.ndarray, size: int, side: int, rng: np.random.Generator)
 
     Source: He et al. 2015.
     """
-    scale = side / min(bgr.shape[:2])
-    width, height = (max(side, round(length * scale)) for length in bgr.shape[1::-1])
-    if scale != 1:
-        bgr = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    bgr = scale_short_side(bgr, side)
+    height, width = bgr.shape[:2]
     top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
     piece = bgr[top : top + size, left : left + size]
     return np.ascontiguousarray(piece[:, ::-1] if rng.random() < 0.5 else piece)
+
+
+def draw_jitter(strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Factors float64 [3] of brightness, contrast and saturation, as `jitter` draws them."""
+    return rng.uniform(1 - strength, 1 + strength, 3)
 
 
 def jitter(bgr: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -411,7 +436,7 @@ def jitter(bgr: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
     Source: Krizhevsky et al. 2012; torchvision's ColorJitter.
     """
-    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    brightness, contrast, saturation = draw_jitter(strength, rng)
     mean = brightness * cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY).mean()
     table = np.rint(np.clip((brightness * np.arange(256) - mean) * contrast + mean, 0, 255)).astype(np.uint8)
     bgr = cv2.LUT(bgr, table)
@@ -419,6 +444,21 @@ def jitter(bgr: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
     return cv2.addWeighted(bgr, saturation, gray, 1 - saturation, 0)
 
 # %% ../../nbs/tags/04_coco.ipynb #cell-45
+@dataclass(frozen=True)
+class Reading:
+    """How a `TagDataset` reads its images.
+
+    Args:
+        reduced: Decode what is learned from by `decode_reduced` and scale it quickly, which changes pixels a little.
+        pixels: Items begin with (uint8 BGR [size,size,3], float64 [3] factors of the jitter), for `finish_batch`.
+        cache: Keeps what was decoded and scaled; nothing else changes.
+    """
+
+    reduced: bool = False
+    pixels: bool = False
+    cache: ArrayCache | None = None
+
+
 class TagDataset:
     """A map-style dataset over (epoch, number): (float32 [3,size,size], float32 [classes], number).
 
@@ -429,6 +469,7 @@ class TagDataset:
         strength: Of the `jitter`.
         augment: A random piece, mirrored and jittered; without it the middle, whatever the epoch.
         seed: Of the augmentation.
+        reading: How images are read, and what is left to the GPU.
     """
 
     def __init__(
@@ -440,24 +481,54 @@ class TagDataset:
         strength: float = 0.4,
         augment: bool = True,
         seed: int = 0,
+        reading: Reading = Reading(),
     ):
         self.paths, self.targets = tags.table.path.tolist(), tags.targets
         self.size, self.side, self.strength = size, short_side(size, crop), strength
-        self.augment, self.seed = augment, seed
-        self.chain = to_tensor() if augment else evaluation_chain(size, crop)
+        self.augment, self.seed, self.reading = augment, seed, reading
+        self.chain, self.middle = to_tensor(), _middle(size, crop)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
-        epoch, number = key
-        bgr = decode(self.paths[number])
-        if self.augment:
-            rng = np.random.default_rng([self.seed, epoch, number])
-            bgr = jitter(random_crop(bgr, self.size, self.side, rng), self.strength, rng)
-        return self.chain(bgr)[0], self.targets[number], number
+        (epoch, number), cache = key, self.reading.cache
+        bgr = cache.get(number, lambda: self._scaled(number)) if cache else self._scaled(number)
+        rng, strength = np.random.default_rng([self.seed, epoch, number]), self.strength if self.augment else 0
+        bgr = random_crop(bgr, self.size, self.side, rng) if self.augment else bgr
+        if self.reading.pixels:
+            return (bgr, draw_jitter(strength, rng)), self.targets[number], number
+        return self.chain(jitter(bgr, strength, rng) if self.augment else bgr)[0], self.targets[number], number
+
+    def _scaled(self, number: int) -> np.ndarray:
+        """What is the same in every epoch."""
+        if not self.augment:
+            return self.middle(decode(self.paths[number]))
+        if self.reading.reduced:
+            return scale_short_side(decode_reduced(self.paths[number], self.side), self.side, quick=True)
+        return scale_short_side(decode(self.paths[number]), self.side)
 
 # %% ../../nbs/tags/04_coco.ipynb #cell-48
+def finish_batch(pixels, factors):
+    """The `jitter` and the arithmetic of `to_tensor` for a batch of torch tensors, on their device.
+
+    Args:
+        pixels: uint8 [N,size,size,3], BGR.
+        factors: float [N,3]: brightness, contrast and saturation.
+
+    Returns:
+        float32 [N,3,size,size], RGB, in torch's channels_last.
+    """
+    step, x = PRESETS["resnet-tags"].arithmetic.steps[-1], pixels.float()
+    weights = x.new_tensor([0.114, 0.587, 0.299])
+    brightness, contrast, saturation = factors.float()[..., None, None, None].unbind(1)
+    mean = brightness * (x * weights).sum(3, keepdim=True).round().mean((1, 2), keepdim=True)
+    x = ((brightness * x - mean) * contrast + mean).clamp(0, 255).round()
+    gray = (x * weights).sum(3, keepdim=True).round()
+    x = (saturation * x + (1 - saturation) * gray).clamp(0, 255).round().flip(3) / 255
+    return ((x - x.new_tensor(step.mean)) / x.new_tensor(step.std)).permute(0, 3, 1, 2)
+
+# %% ../../nbs/tags/04_coco.ipynb #cell-53
 class EpochBatches:
     """Lists of (epoch, number) keys for a DataLoader's `batch_sampler`; set `epoch` before each pass.
 

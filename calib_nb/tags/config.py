@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..core.device import DEVICES
 from ..nets.settings import load_settings
 from .losses import TAG_LOSSES
 
@@ -67,8 +68,18 @@ class TrainConfig(BaseModel):
     amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(lambda v: "off" if v is False else v)] = (
         Field("auto", description="mixed precision; auto: off on a CPU, bf16 on a GPU that has it, else fp16")
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(2, description="processes that prepare images; 0: none")
+    device: Literal[DEVICES] = Field(
+        "auto", description="auto: a GPU when there is one; cuda goes on without one, cuda! does not"
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto", description="processes that prepare images; auto: as many as are useful; 0: none"
+    )
+    decode: Literal["auto", "full", "reduced"] = Field(
+        "auto", description="JPEG files at their full size, or at the size that is needed; auto: reduced on a GPU"
+    )
+    cache_gb: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GB of scaled images kept on disk during a training (default: 0 on a CPU, 20 on a GPU)"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, shuffling and augmentation")
     tensorboard: bool = Field(True, description="write TensorBoard's files")
 

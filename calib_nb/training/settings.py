@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..core.device import DEVICES
 from ..core.errors import InputError
 from ..faces.edgeface import EDGEFACE_VARIANTS
 from ..nets.processes import RATES
@@ -85,7 +86,9 @@ class FaceTrainConfig(BaseModel):
     save_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: after each epoch")
     gradient_checkpointing: bool = Field(False, description="compute stages twice to save memory")
     compile: bool = Field(False, description="torch.compile the network")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
+    device: Literal[DEVICES] = Field(
+        "auto", description="auto: a GPU when there is one; cuda goes on without one, cuda! does not"
+    )
     workers: Annotated[int, Field(ge=0, le=256)] = Field(2, description="processes that prepare photos; 0: none")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of weights, order, variation and drawn people")
     tensorboard: bool = Field(True, description="write TensorBoard's files")
