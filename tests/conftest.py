@@ -24,6 +24,15 @@ def pytest_configure(config):
         forked.share()
 
 
+# They hold the longest tests, which begin first: no worker is alone with one of them at the end.
+LONGEST = ("test_reports", "test_tags_export", "test_front_door", "test_depth_ablation", "test_cli")
+
+
+def pytest_collection_modifyitems(items):
+    """Keep a file's tests together, for the sake of what they share."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real models and photos, named by CALIB_NB_DATA; a test that needs it skips where it is not."""

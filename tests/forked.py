@@ -4,6 +4,7 @@ A forked process has its own memory, folder, environment and output, as one of a
 three of imports. What is tested about the start itself (lazy imports, signals, killing) needs a real one.
 """
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -121,6 +122,27 @@ def script(code: str, *words: object, cwd=None, env: dict[str, str] | None = Non
 def calib_nb(*words: object, cwd=None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """One command line behind `calib-nb`, in a process; its standard output and errors are texts."""
     return script("import sys; from calib_nb.cli import main; sys.exit(main(sys.argv[1:]))", *words, cwd=cwd, env=env)
+
+
+HEAVY = {"torch", "onnx", "onnxruntime", "cv2", "pandas", "matplotlib", "scipy", "pooch"}
+
+
+def helps(*commands: str) -> dict[str, tuple[int, str, list[str]]]:
+    """Of each command, all asked in one new process: exit code, text, and the heavy libraries loaded by then."""
+    code = f"""if True:
+        import contextlib, io, json, sys
+        from calib_nb.cli import main
+        answers = {{}}
+        for command in {commands}:
+            sys.argv[1:] = [*command.split(), "--help"]
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                status = main()
+            answers[command] = status, text.getvalue(), sorted(set(sys.modules) & {HEAVY})
+        print(json.dumps(answers))"""
+    plain = os.environ | {"COLUMNS": "120", "NO_COLOR": "1", "FORCE_COLOR": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert result.returncode == 0, result.stderr[-1000:]
+    return json.loads(result.stdout)
 
 
 def kill(process) -> int:

@@ -1,7 +1,6 @@
 """From a split to a table of INT8 models: frames, noise in log depth, three sets that never meet, and the commands."""
 
 import os
-import subprocess
 import sys
 
 import forked
@@ -245,20 +244,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, demo, tmp_path):
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare"])
-def test_help_teaches_and_loads_nothing_heavy(command):
-    code = (
-        f"import sys; sys.argv[1:] = ['depth', '{command}', '--help']\n"
-        "from calib_nb.cli import main\ncode = main()\n"
-        "print(code, sorted(set(sys.modules) & {'torch', 'onnx', 'onnxruntime', 'cv2', 'pandas'}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"},
-    )
-    assert done.stdout.splitlines()[-1] == "0 []" and "Example" in done.stdout
+def test_help_teaches_and_loads_nothing_heavy():
+    for status, text, loaded in forked.helps("depth train", "depth evaluate", "depth compare").values():
+        assert (status, loaded) == (0, []) and "Example" in text, text[-300:]
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -636,16 +634,6 @@ def test_the_chain_on_real_pairs(real_data, tmp_path):
 
 
 def test_help_teaches_and_loads_nothing_heavy():
-    for command in ([], ["metadata"], ["split"], ["copy"], ["analyze"]):
-        code = (
-            f"import sys\nfrom calib_nb.cli import main\ncode = main({['depth', *command, '--help']})\n"
-            "print(code, sorted(set(sys.modules) & {'torch', 'onnx', 'cv2', 'pandas', 'matplotlib', 'scipy'}))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"},
-        )
-        assert done.stdout.splitlines()[-1] == "0 []", done.stdout[-300:] + done.stderr[-1000:]
-        assert "Example: calib-nb depth" in done.stdout
+    answers = forked.helps("depth", *(f"depth {command}" for command in ("metadata", "split", "copy", "analyze")))
+    for status, text, loaded in answers.values():
+        assert (status, loaded) == (0, []) and "Example: calib-nb depth" in text, text[-300:]
