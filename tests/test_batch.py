@@ -113,27 +113,27 @@ def test_what_a_run_depends_on(fake, tmp_path, monkeypatch):
     run_all(spec, root=root, progress=False)
     assert changes(entry, root) == ""
 
-    def mended(why: str) -> None:
+    def repaired(why: str) -> None:
         assert changes(entry, root) == why
         run_all(spec, root=root, progress=False)
         assert changes(entry, root) == ""
 
     model.write_bytes(b"others!")
-    mended("inputs")
+    repaired("inputs")
     (images / "2.jpg").write_bytes(b"two")
-    mended("inputs")
+    repaired("inputs")
     (chosen / "1.jpg").write_bytes(b"uno")
-    mended("inputs")
+    repaired("inputs")
     (root / entry.run / "metrics.csv").write_text("model\n")
-    mended("its files")
+    repaired("its files")
     (root / entry.run / "report.html").unlink()
-    mended("its files")
+    repaired("its files")
     with monkeypatch.context() as patched:
         patched.setattr("calib_nb.report.versions", lambda: {"numpy": "0"})
         assert changes(entry, root) == "versions of packages"
     assert changes(entry, root, code=True) == "--code"
     (root / entry.run / "manifest.json").write_text("[]")
-    mended("new")
+    repaired("new")
     (root / entry.run / "notes.txt").write_text("a reader's own file")
     assert changes(entry, root) == ""
 

@@ -138,7 +138,7 @@ def environment(home: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server(command: list[str], home: Path, url: str):
-    """A server of this environment on loopback, with a home folder of its own; it ends with all its children."""
+    """A server of this environment on loopback, with a separate home folder; it ends with all its children."""
     log = open(home / f"{command[0]}.log", "wb")  # noqa: SIM115 (closed below, when the server has ended)
     process = subprocess.Popen(
         [sys.executable, "-m", *command], env=environment(home), cwd=home / "work", stdout=log, stderr=log
@@ -428,7 +428,7 @@ def test_depth(chromium, lab, home):
 
 
 def test_a_table_of_a_page_sorts_by_keyboard(chromium, tmp_path):
-    """Tab, Enter and Space alone; a screen reader is told the order, and an eye sees where the focus is."""
+    """Tab, Enter and Space alone; a screen reader reads the order, and an eye sees where the focus is."""
     import pandas as pd
 
     from calib_nb.core.page import html_page, html_table, save_page

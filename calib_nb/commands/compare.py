@@ -90,7 +90,7 @@ def compare(
     """One table for float and INT8: metrics, drop with its 95 % interval, size, latency, verdict.
 
     With --toolchain the float file, as given and hardened, goes through other people's static quantizers by their
-    defaults, each in a process of its own. What a toolchain made of a file is kept: started again, the same command
+    defaults, each in a separate process. What a toolchain made of a file is kept: started again, the same command
     goes on where it stopped. One that is not installed is a line that says how to make its environment.
     """
     from calib_nb import api

@@ -84,7 +84,7 @@ open(sys.argv[2], "wb").write(answer)
 
 
 def _run_alone(run: Callable, digest: str, packed: bytes, items: list) -> tuple[list, float, Exception | None] | None:
-    """On a worker: a batch in a process of its own; None where that process was ended."""
+    """On a worker: a batch in a separate process; None where that process was ended."""
     import cloudpickle
 
     with tempfile.TemporaryDirectory(prefix="calib_nb-alone-") as folder:
@@ -150,7 +150,7 @@ class _Cluster:
                         self.client.register_plugin(_file_plugin(digest, path), name=self._plugins[-1])
 
     def start(self, items: list, alone: bool = False):
-        """The future of a batch of the function in use; `alone`: in a process of its own."""
+        """The future of a batch of the function in use; `alone`: in a separate process."""
         call = (_run_alone, self.run, *self._sent, items) if alone else (self.run, *self._sent, items)
         with _reachable():
             future = self.client.submit(*call, pure=False)
@@ -312,7 +312,7 @@ class _Remote:
         return results, total, error
 
     def _alone(self, killed: type[Exception]) -> tuple[list, float, Exception | None]:
-        """In a process of its own on a worker: its end says that it is the item, that of the worker that it is not."""
+        """In a separate process on a worker: if that ends, the item is at fault; if the worker ends, it is not."""
         for _ in range(_ATTEMPTS):
             with contextlib.suppress(killed):
                 answer = self.engine.answer(self.engine.start(self.items, alone=True))

@@ -199,7 +199,7 @@ class ProgressLines:
 
 
 def bar_switch(progress: bool) -> dict:
-    """What tqdm is told, so that there is one bar at a time and a log file has lines.
+    """Options of tqdm, with which there is one bar at a time and a log file has lines.
 
     Where a bar may show, no `disable` is given, which would overrule TQDM_DISABLE. Inside of another bar there is none.
 
