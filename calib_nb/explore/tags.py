@@ -7,6 +7,7 @@ __all__ = ['TAG_VIEWS', 'TagStudy', 'study_tags', 'demo_tags', 'best_thresholds'
            'tag_changes', 'explore_tags']
 
 # %% ../../nbs/explore/07_tags.ipynb #cell-2
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +109,19 @@ def category_table(study: TagStudy, model: str, thresholds: Mapping[str, float])
     Returns:
         A row per category: category, images (that show it), threshold, precision, recall, f1, average_precision.
     """
-    p, rows = study.probabilities[model], []
-    ap = average_precision(p, study.targets)
-    for c, name in enumerate(study.classes):
-        threshold = thresholds.get(name, 0.5)
-        rates = tag_rates(p[:, [c]] > threshold, study.targets[:, [c]])
-        rows.append({"category": name, "images": int(study.targets[:, c].sum()), "threshold": threshold, **rates})
-        rows[-1]["average_precision"] = float(ap[c])
-    return pd.DataFrame(rows)
+    limits = np.array([thresholds.get(name, 0.5) for name in study.classes])
+    tagged, true = study.probabilities[model] > limits, study.targets.sum(axis=0)
+    hits, given = (tagged & study.targets).sum(axis=0), tagged.sum(axis=0)
+    sums = {"precision": (hits, given), "recall": (hits, true), "f1": (2 * hits, given + true)}
+    rates = {name: a / np.maximum(b, 1) for name, (a, b) in sums.items()}  # nothing of nothing is 0
+    first = {"category": list(study.classes), "images": true, "threshold": limits}
+    return pd.DataFrame(first | rates | {"average_precision": _precisions(study, model)})
+
+
+@functools.lru_cache(maxsize=8)
+def _precisions(study: TagStudy, model: str) -> np.ndarray:
+    """Average precision of every category; no threshold changes it."""
+    return average_precision(study.probabilities[model], study.targets)
 
 # %% ../../nbs/explore/07_tags.ipynb #cell-14
 def pr_points(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
