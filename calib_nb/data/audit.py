@@ -8,6 +8,7 @@ __all__ = ['LEAST_FINENESS', 'FAULTS', 'MOST_SHOWN', 'content_kind', 'fineness',
 
 # %% ../../nbs/data/12_audit.ipynb #cell-2
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -17,9 +18,10 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core.errors import ImageError
+from ..core.errors import ImageError, counted
 from ..core.page import heading, html_figure, html_page, html_table
 from ..core.parallel import parallel_map
+from ..core.rows import table_of
 from ..core.run import private_folder
 from .copies import VIEW_SIDE, find_copies, frame_sides, image_views
 from calib_nb.data.images import (
@@ -226,28 +228,36 @@ def _kinds(pairs: pd.DataFrame) -> str:
 # %% ../../nbs/data/12_audit.ipynb #cell-21
 @dataclass(frozen=True, eq=False)
 class _Folder:
-    """The facts of a folder's images, and their views in a file."""
+    """The facts of a folder's images, its faults, and the views in a file."""
 
     root: Path
     facts: pd.DataFrame
+    faults: pd.DataFrame
     views: np.ndarray
     image: np.ndarray
 
 
 def _read_folder(root: Path, size, store: Path, workers: int | None, progress: bool) -> _Folder:
-    paths, rows, numbers = find_images(root), [], []
+    paths, faults, numbers = find_images(root), [], array("q")
     look = partial(look_at_file, str(root), size)
     look.lost = partial(look_at_file.lost, str(root), size)
-    with open(store, "wb") as f:
-        results = parallel_map(look, paths, workers=workers, progress=progress, desc=f"read {root.name}")
+
+    def rows():
         for k, facts in enumerate(results):
             views = facts.pop("views", b"")
             f.write(views)
-            numbers += [k] * (len(views) // VIEW_SIDE**2)
-            rows.append(facts)
+            numbers.extend([k] * (len(views) // VIEW_SIDE**2))
+            faults.extend((facts["path"], *fault) for fault in facts["faults"].items())
+            yield facts
+
+    with open(store, "wb") as f:
+        results = parallel_map(look, paths, workers=workers, progress=progress, desc=f"read {root.name}")
+        facts = table_of(rows(), ["path", "digest", "width", "height"])
     shape = (len(numbers), VIEW_SIDE, VIEW_SIDE)
     views = np.memmap(store, np.uint8, "r", shape=shape) if numbers else np.empty(shape, np.uint8)
-    return _Folder(root, pd.DataFrame(rows), views, np.array(numbers, int))
+    return _Folder(
+        root, facts, pd.DataFrame(faults, columns=["path", "fault", "detail"]), views, np.array(numbers, int)
+    )
 
 
 def _same_files(left: pd.DataFrame, right: pd.DataFrame | None) -> list[tuple[int, int]]:
@@ -338,14 +348,13 @@ def audit_folder(
                 rows = [(a, b, "same person", np.nan) for a, b in people]
                 leaks = pd.concat([leaks, pd.DataFrame(rows, columns=leaks.columns)]) if rows else leaks
             elif people:
-                notes.append(f"{len(people)} folder names stand in both; with faces, they are people")
+                notes.append(f"{counted(len(people), 'folder name')} in both; with faces, these are people")
         copies = _pairs(ours, None, **options)
-    rows = [(row.path, fault, text) for row in ours.facts.itertuples() for fault, text in row.faults.items()]
     return Audit(
         images,
         None if against is None else Path(against),
         ours.facts[["path", "width", "height"]],
-        pd.DataFrame(rows, columns=["path", "fault", "detail"]),
+        ours.faults,
         copies,
         leaks.rename(columns={"left": "calibration", "right": "validation"}).reset_index(drop=True),
         passed_over(images, EXTENSIONS),
