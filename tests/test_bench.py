@@ -51,6 +51,19 @@ def small(lfw, tmp_path_factory):
     return folder / "images", folder / "pairs.txt"
 
 
+CHARTED = (
+    "test_each_image_is_looked_at_and_embedded_once",
+    "test_no_face_anywhere_leaves_numbers_out_and_the_table_whole",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_charts(request, monkeypatch):
+    """Leave out the charts, which take most of the time, where a test looks at something else."""
+    if request.node.originalname not in CHARTED and not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr("calib_nb.faces.bench.save_charts", lambda *_: [])
+
+
 @pytest.fixture
 def looks(monkeypatch):
     """A list with one entry for every image that a detector looks at."""
@@ -215,9 +228,8 @@ def test_a_killed_run_continues_where_it_stopped(small, tmp_path):
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_a_file_that_was_replaced_under_its_name_is_not_taken_from_the_journal(small, tmp_path, looks, monkeypatch):
+def test_a_file_that_was_replaced_under_its_name_is_not_taken_from_the_journal(small, tmp_path, looks):
     """An image, a detector or a network of other content, of the same name, size and time, makes all be done again."""
-    monkeypatch.setattr("calib_nb.faces.bench.save_charts", lambda *_: [])  # ten runs, and no word about charts
     images = Path(shutil.copytree(small[0], tmp_path / "images"))
     detector, network = (Path(shutil.copy2(file, tmp_path / file.name)) for file in (demo_detector(), demo_embedder()))
     lines, few = small[1].read_text().splitlines(), tmp_path / "pairs.txt"
