@@ -19,13 +19,16 @@ from .stability import SHARES, clipped_energy
 from .stats import QUANTILES, ActivationStats
 
 # %% ../../nbs/quant/24_coverage.ipynb #cell-7
-def range_reach(stats: ActivationStats, images: Sequence[int] | None = None, *, fence: float = 3.0) -> np.ndarray:
+def range_reach(
+    stats: ActivationStats, images: Sequence[int] | None = None, *, fence: float = 3.0, like: int = 128
+) -> np.ndarray:
     """How far each image reaches from the pool's median towards both ends of its robust range.
 
     Args:
         stats: What was observed.
         images: Rows of the images that make the pool; None for all.
         fence: Ends beyond so many times the 95 % quantile of the pool's ends are broken, at least 1.
+        like: Both ends of the robust range are what so many random images reach in half of the cases.
 
     Returns:
         float64 [images, ends], 0 to 1, and 0 for broken ends; ends that are alike in all images are left out.
@@ -35,9 +38,9 @@ def range_reach(stats: ActivationStats, images: Sequence[int] | None = None, *, 
     """
     ends, usual = _ends(stats, images, fence)
     ends = np.where(usual, np.maximum(ends, 0), 0)
-    far = ends.max(0)
+    far = np.quantile(ends, 0.5 ** (1 / like), axis=0, method="inverted_cdf")
     used = (far > 0) & (np.ptp(ends, axis=0) > 0)
-    return ends[:, used] / far[used]
+    return np.minimum(ends[:, used] / far[used], 1)
 
 
 def _ends(stats: ActivationStats, images: Sequence[int] | None, fence: float) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +250,7 @@ class CoverOptions:
 
     bits: int = 8
     noise: bool = True
-    reach: float = 5.0
+    reach: float = 10.0
     likeness: float = 0.5
     fence: float = 3.0
     clients: int = 2000
