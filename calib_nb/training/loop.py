@@ -23,10 +23,10 @@ from ..core.parallel import bar_switch
 from ..core.run import atomic_file
 from ..faces.edgeface import edgeface, load_edgeface
 from ..nets.checkpoint import read_checkpoint, restore_training, restoring
-from ..nets.processes import Ranks, amp_type, fixed_numerics, process_group, warmed
+from ..nets.processes import Ranks, amp_type, batch_loader, fixed_numerics, process_group, warmed
 from ..nets.settings import save_settings
 from .samples import FaceBatches, FaceSamples, Variation, to_input
-from .scores import embed_faces, face_loader, open_network, unit_length, verification_of
+from .scores import embed_faces, open_network, unit_length, verification_of
 from .sets import FaceSet, load_faces, same_photos
 from .settings import FaceTrainConfig, changed_settings
 from .state import LossScaler, MovingMean, take_head, whole_head
@@ -73,7 +73,7 @@ class FaceTrainer:
         self.batches = FaceBatches(faces.labels, config.batch, seed=config.seed, **order)
         variation = Variation(config.flip, config.low_resolution, config.crop, config.light)
         samples = FaceSamples(faces, variation, size=config.size, seed=config.seed, resize=config.resize)
-        self.loader = face_loader(samples, self.batches, config.workers, group.device)
+        self.loader = batch_loader(samples, self.batches, config.workers, group.device)
         self.step, self.total, self.history = 0, 0.0, []
 
     def _optimizer(self, module):
@@ -89,8 +89,9 @@ class FaceTrainer:
         """Of the whole training."""
         return self.config.epochs * self.batches.steps
 
-    def piece(self, images, labels, numbers, last: bool) -> float:
-        """Forward and backward of one piece of a step; its loss. Gradients are exchanged at the `last` piece only."""
+    def piece(self, images, labels, numbers, last: bool):
+        """Forward and backward of one piece of a step; its loss, still on the device, the numbers of its photos, and
+        its embeddings. Gradients are exchanged at the `last` piece only."""
         import torch
 
         device, config = self.group.device, self.config
@@ -105,22 +106,17 @@ class FaceTrainer:
             apart = embeddings.new_zeros(())
             if shown is not None:
                 apart = config.distill * (1 - (unit_length(embeddings) * unit_length(shown.float())).sum(dim=1)).mean()
-            value = loss.item() + self._mean_of(apart)
-            if not math.isfinite(value):
-                self._stop(f"the loss is {value}", numbers, embeddings)
             ((loss + apart) * (self.scaler.scale / config.accumulate)).backward()
-        self._lengths = (numbers, embeddings.detach())
-        return value
+        return loss.detach() + self._mean_of(apart.detach()), numbers, embeddings.detach()
 
-    def _mean_of(self, value) -> float:
+    def _mean_of(self, value):
         """The mean of a number over the processes."""
         import torch
 
         if self.group.world > 1:
-            value = value.detach().clone()
-            torch.distributed.all_reduce(value)
+            torch.distributed.all_reduce(value := value.clone())
             value = value / self.group.world
-        return value.item()
+        return value
 
     def _stop(self, what: str, numbers, embeddings) -> None:
         """Raise `CheckFailed` that names step, photos and lengths."""
@@ -135,22 +131,18 @@ class FaceTrainer:
             fix="lower learning_rate, or say amp=off; the last checkpoint is from before",
         )
 
-    def _clip(self) -> bool:
-        """Bring the gradients of network and head below the largest norm; whether they are finite in all processes."""
+    def _slopes(self, optimizer) -> list:
+        return [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+
+    def _norms(self) -> list:
+        """The norm of the gradient of network and head over all processes, still on the device."""
         import torch
 
-        finite = True
-        for optimizer in self.optimizers:
-            slopes = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-            square = torch.stack([g.float().square().sum() for g in slopes]).sum()
-            if self.head is not None and self.head.group and optimizer is self.optimizers[1]:
-                torch.distributed.all_reduce(square)
-            norm = square.sqrt()
-            finite = finite and bool(torch.isfinite(norm))
-            if finite and self.config.clip and norm > self.config.clip:
-                for slope in slopes:
-                    slope *= self.config.clip / norm
-        return finite
+        norms = [torch.nn.utils.get_total_norm(self._slopes(optimizer)) for optimizer in self.optimizers]
+        if self.head is not None and self.head.group:
+            torch.distributed.all_reduce(square := norms[1].square())
+            norms[1] = square.sqrt()
+        return norms
 
     def take_step(self, pieces: Iterator) -> float:
         """One step of the optimizer; its loss over all processes."""
@@ -164,14 +156,22 @@ class FaceTrainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.param_groups[0]["lr"] = rate
-        loss = sum(self.piece(*next(pieces), k == count - 1) for k in range(count)) / count
+        done = [self.piece(*next(pieces), k == count - 1) for k in range(count)]
         for optimizer in self.optimizers:
             self.scaler.unscale(optimizer.param_groups[0]["params"])
-        finite = self._clip()
+        # a GPU is waited for here and nowhere else: it computes while the next kernels are being named
+        values = torch.stack([value for value, *_ in done] + self._norms()).tolist()
+        losses, norms = values[:count], values[count:]
+        for value, (_, *piece) in zip(losses, done):
+            if not math.isfinite(value):
+                self._stop(f"the loss is {value}", *piece)
+        loss, finite = sum(losses) / count, all(map(math.isfinite, norms))
         if not finite and not self.scaler.is_enabled():
-            self._stop(f"the gradient is not finite, and the loss {loss:.4g}", *self._lengths)
+            self._stop(f"the gradient is not finite, and the loss {loss:.4g}", *done[-1][1:])
         if self.scaler.update(finite):
-            for optimizer in self.optimizers:
+            for optimizer, norm in zip(self.optimizers, norms):
+                if config.clip and norm > config.clip:
+                    torch._foreach_mul_(self._slopes(optimizer), config.clip / norm)
                 optimizer.step()
             if self.mean is not None:
                 self.mean.update(self.module)

@@ -35,9 +35,9 @@ class LossScaler:
     def unscale(self, parameters: Iterable) -> None:
         """Divide the gradients of parameters by the scale."""
         if self.enabled:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= self.scale
+            import torch
+
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.scale)
 
     def update(self, finite: bool) -> bool:
         """Look at a step; `finite` says whether its gradients are, in all processes. Returns whether to take it."""
@@ -74,11 +74,13 @@ class MovingMean:
 
     def update(self, module) -> None:
         """Move towards the network."""
-        for key, value in module.state_dict().items():
-            if value.is_floating_point():
-                self.state[key].lerp_(value.detach(), 1 - self.keep)
-            else:
-                self.state[key].copy_(value)
+        import torch
+
+        now = module.state_dict()
+        moved = [key for key, value in now.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.state[key] for key in moved], [now[key] for key in moved], 1 - self.keep)
+        for key in now.keys() - set(moved):
+            self.state[key].copy_(now[key])
 
 # %% ../../nbs/training/07_state.ipynb #cell-11
 def _gathered(tensor, head):
