@@ -92,10 +92,11 @@ def demo_tags(images: int = 120) -> TagStudy:
 
 # %% ../../nbs/explore/07_tags.ipynb #cell-11
 def best_thresholds(study: TagStudy, model: str) -> dict[str, float]:
-    """The threshold of the highest F1 of every category."""
-    p = study.probabilities[model]
-    curves = (threshold_curve(p[:, [c]], study.targets[:, [c]]) for c in range(len(study.classes)))
-    return {name: best_threshold(curve) for name, curve in zip(study.classes, curves)}
+    """The threshold of the highest F1 of every category; 0.5 for one that no image shows."""
+    best, p = dict.fromkeys(study.classes, 0.5), study.probabilities[model]
+    for c in np.flatnonzero(study.targets.any(axis=0)):
+        best[study.classes[c]] = best_threshold(threshold_curve(p[:, [c]], study.targets[:, [c]]))
+    return best
 
 
 def category_table(study: TagStudy, model: str, thresholds: Mapping[str, float]) -> pd.DataFrame:
@@ -233,7 +234,8 @@ def _explorer() -> type:
             wide = Layout(width="420px")
             self.threshold = FloatSlider(0.5, min=0, max=1, step=0.01, description="threshold", layout=wide)
             views = TAG_VIEWS if len(study.probabilities) > 1 else TAG_VIEWS[1:]
-            self.view, self.summary = ToggleButtons(options=views, **plain), HTML()
+            start = TAG_VIEWS[0] if views is TAG_VIEWS else TAG_VIEWS[2]  # at 0.5 nothing has changed yet
+            self.view, self.summary = ToggleButtons(options=views, value=start, **plain), HTML()
             self.gallery = Gallery(thumbs=study.thumbs, captions=[Path(p).name for p in study.paths])
             wrap = Layout(flex_flow="row wrap", width="100%")
             left = VBox([self.categories], layout=Layout(flex="1 1 480px", min_width="340px"))
