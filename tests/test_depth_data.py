@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import ImageError, InputError
+from calib_nb.core.parallel import current_engine
 from calib_nb.core.run import read_json
 from calib_nb.data.dataset import LINKS
 from calib_nb.data.images import encode_png
 from calib_nb.depth.analyze import analyze, describe, match
 from calib_nb.depth.copy import copy_set
-from calib_nb.depth.demo_drawings import POOL, REGIMES, SAMPLE_FAULTS, cached_ncdb
+from calib_nb.depth.demo_drawings import POOL, REGIMES, SAMPLE_FAULTS, cached_ncdb, demo_ncdb
 from calib_nb.depth.metadata import (
     METADATA_COLUMNS,
     count_values,
@@ -637,3 +638,23 @@ def test_help_teaches_and_loads_nothing_heavy():
     answers = forked.helps("depth", *(f"depth {command}" for command in ("metadata", "split", "copy", "analyze")))
     for status, text, loaded in answers.values():
         assert (status, loaded) == (0, []) and "Example: calib-nb depth" in text, text[-300:]
+
+
+def test_frames_are_drawn_here_whatever_cluster_is_in_use(tmp_path, monkeypatch):
+    class Here(Exception):
+        """Drawing has begun."""
+
+    def elsewhere(workers):
+        raise AssertionError("a function that writes was sent to a cluster")
+
+    def draw(*scene):
+        raise Here
+
+    monkeypatch.setattr("calib_nb.depth.demo_drawings._write_scene", draw)
+    token = current_engine.set(elsewhere)
+    try:
+        with pytest.raises(Here):
+            demo_ncdb(tmp_path / "set", 40, size=(32, 32), broken=False, progress=False)
+        assert current_engine.get() is elsewhere and not (tmp_path / "set").exists()
+    finally:
+        current_engine.reset(token)

@@ -25,7 +25,7 @@ from calib_nb.tags.config import load_train_config
 from calib_nb.tags.demo_drawings import tagged_photos
 from calib_nb.tags.download import Archive, download_coco
 from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger
-from calib_nb.tags.train import checkpoint_config, train_tagger
+from calib_nb.tags.train import checkpoint_config, resumable, train_tagger
 
 SCRIPT = "import sys; from calib_nb.cli import main; sys.exit(main())"
 ENV = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
@@ -147,6 +147,24 @@ def test_mixed_precision_is_near_full_precision(photos, tmp_path):
 
 def test_workers_change_nothing(photos, whole, tmp_path):
     assert np.array_equal(losses(run(photos, tmp_path / "run", workers=2).history), losses(whole.history))
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on(photos, whole, tmp_path):
+    older = torch.load(whole.last, weights_only=True)
+    del older["config"]["decode"], older["config"]["cache_gb"]
+    torch.save(older, tmp_path / "last.pth")
+    config = checkpoint_config(tmp_path / "last.pth")
+    assert config.decode == "auto" and resumable(tmp_path / "last.pth", config)["epoch"] == 3
+    with pytest.raises(InputError, match="decode"):
+        resumable(tmp_path / "last.pth", config.model_copy(update={"decode": "reduced"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_is_a_wish_and_with_a_mark_a_condition(photos, whole, tmp_path):
+    wished = run(photos, tmp_path / "wished", device="cuda")
+    assert np.array_equal(losses(wished.history), losses(whole.history))
+    with pytest.raises(InputError, match="device 'cuda!' cannot be used: torch finds no CUDA"):
+        run(photos, tmp_path / "held", device="cuda!")
 
 
 def test_tensorboard_holds_the_losses(photos, tmp_path):

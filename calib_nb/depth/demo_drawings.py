@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.cache import cached
 from ..core.errors import InputError, require_known
-from ..core.parallel import parallel_map
+from ..core.parallel import current_engine, parallel_map
 from ..core.run import atomic_folder, read_json, write_json
 from ..data.images import encode_png
 
@@ -376,15 +376,19 @@ def demo_ncdb(
         raise InputError(f"{folder} already holds something", fix="name a new folder")
     scenes = _plan_scenes(frames)
     with atomic_folder(folder) as new:
-        done = parallel_map(
-            lambda scene: _write_scene(new, size, seed, scene),
-            scenes,
-            workers=workers,
-            desc="render",
-            unit="scene",
-            progress=progress,
-        )
-        rows = [row for written in done for row in written]
+        here = current_engine.set(None)  # scenes are written to this machine's disk, cluster or not
+        try:
+            done = parallel_map(
+                lambda scene: _write_scene(new, size, seed, scene),
+                scenes,
+                workers=workers,
+                desc="render",
+                unit="scene",
+                progress=progress,
+            )
+            rows = [row for written in done for row in written]
+        finally:
+            current_engine.reset(here)
         entries = {
             split: [
                 {"dataset_root": r["dataset_root"], "new_filename": r["filename"]} for r in rows if r["split"] == split

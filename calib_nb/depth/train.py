@@ -344,11 +344,14 @@ def _open_logs(folder: Path, step: int):
 def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float, float], None]) -> float:
     """Train one epoch and return its mean loss; order and mirroring depend on seed and epoch only."""
     s, generator = run.settings, torch.Generator().manual_seed(1_000_003 * run.settings.seed + epoch)
-    steps, losses, pixels = len(pairs) // s.batch, [], 0
+    steps, losses, deep = len(pairs) // s.batch, [], False
     batches = torch.randperm(len(pairs), generator=generator)[: steps * s.batch].reshape(steps, s.batch).tolist()
     mirrored = torch.rand(steps, s.batch, generator=generator) < (0.5 if s.mirror else 0.0)
     for k, (chosen, rgb, depth_m) in enumerate(_loader(pairs, batches, s.workers, run.device, learn=True)):
-        step, pixels = epoch * steps + k, pixels + int((depth_m > 0).sum())
+        step, deep = (
+            epoch * steps + k,
+            deep or bool((depth_m > 0).any()),
+        )  # a look at each batch would cost the GPU time
         rate = learning_rate_at(step, s.epochs * steps, s)
         loss = run.step(rgb, depth_m, rate, mirrored[k])
         if loss is None:
@@ -360,7 +363,7 @@ def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float,
             )
         losses.append(loss)
         report(step, rate, loss)
-    if not pixels:
+    if not deep:
         raise InputError(f"none of {len(pairs)} frames has a depth to learn from", expected="depth above 0, in metres")
     return float(np.mean(losses))
 
