@@ -8,14 +8,14 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from test_write import CPU, NPU, XNN, build, checked, noise, observed, simulated
 
-from calib_nb.core.errors import InputError
+from calib_nb.core.errors import InputError, ModelError
 from calib_nb.graph.model import Graph, run
 from calib_nb.graph.simplify import simplify
-from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, codes, weight_grid
+from calib_nb.quant.grid import activation_grid, bias_floor, bias_grid, block_grid, codes, weight_grid
 from calib_nb.quant.quantize import QuantizeOptions, check_request, read_history
 from calib_nb.quant.recipe import auto, quantize_by
 from calib_nb.quant.target import PROFILES
-from calib_nb.quant.write import CONTRIB, int8_macs_share, wide_tensors, write_qdq
+from calib_nb.quant.write import CONTRIB, dequantized, int8_macs_share, stored_weights, wide_tensors, write_qdq
 
 HTP = PROFILES["qnn-htp"]
 SIGNED = replace(HTP, activation_signed=True, activation_symmetric=True)
@@ -155,3 +155,60 @@ def test_the_recipe_gives_16_bits_before_float(tmp_path):
     assert whole.model.wide_tensors >= mixed.model.wide_tensors and "wide_nodes" not in set(whole.steps.step)
     types = by_q(Graph(onnx.load(whole.model.path)))
     assert {kind for kind, _ in types.values()} == {"uint16"}
+
+
+def test_products_have_4_bit_weights_in_blocks(network):
+    graph, images, table = network
+    target = replace(HTP, weight_bits=4, weight_block=16)
+    if graph.opset < 21:
+        with pytest.raises(ModelError, match="4-bit weights in opset 17; expected opset 21"):
+            write_qdq(graph, table, target)
+        return
+    written = checked(write_qdq(graph, table, target))
+    product = next(n for n in written.nodes if n.op_type == "Gemm")
+    dq = written.producer(product.input[1])
+    whole, scale = block_grid(graph.constant("g"), 16)
+    assert [a.name for a in dq.attribute] == ["axis", "block_size"] and written.constant(
+        dq.input[0]
+    ).dtype.name == "int4"
+    assert np.array_equal(written.constant(dq.input[0]).astype(np.int8), whole)
+    assert np.allclose(dequantized(written, dq), whole * np.repeat(scale, 16, 0)) and product.input[2] == "h"
+    assert np.allclose(stored_weights(graph, written).constant("g"), dequantized(written, dq))
+    plain, fast = simulated(written, images[0])["y"], run(written, images[0])["y"]
+    reference = ReferenceEvaluator(written.model).run(None, {"x": images[0]})[0]
+    assert np.allclose(reference, plain, atol=1e-5) and np.allclose(plain, fast, atol=0.03 * np.abs(plain).max())
+    eight = write_qdq(graph, table, HTP)
+    convolutions = [[n.input[1] for n in one.nodes if n.op_type == "Conv"] for one in (written, eight)]
+    for four, other in zip(*convolutions):
+        assert np.array_equal(dequantized(written, written.producer(four)), dequantized(eight, eight.producer(other)))
+
+
+@pytest.mark.parametrize("text", ["m = MatMul (x, w); y = Add (m, b)", "y = MatMul (x, w)"])
+def test_a_bias_behind_4_bit_weights_stays_in_float(text):
+    rng = np.random.default_rng(5)
+    constants = {"w": rng.normal(0, 0.3, (33, 6)).astype(np.float32), "b": rng.normal(0, 1, 6).astype(np.float32)}
+    graph = build(text, {n: c for n, c in constants.items() if n in text}, (1, 1, 4, 33), opset=21)
+    images = noise(graph)
+    written = checked(write_qdq(graph, observed(graph, images), replace(HTP.wide, weight_bits=4)))
+    whole, scale = block_grid(constants["w"], 32)
+    expected = images[0] @ (whole * np.repeat(scale, 32, 0)[:33]) + (constants["b"] if "b" in text else 0)
+    assert np.abs(simulated(written, images[0])["y"] - expected).max() < 2e-3
+    assert int8_macs_share(graph, written) == 1
+
+
+def test_a_file_with_4_bit_weights_goes_through_the_recipe(tmp_path):
+    rng = np.random.default_rng(6)
+    weights = {"w": rng.normal(0, 0.1, (192, 64)), "b": rng.normal(0, 0.1, 64), "v": rng.normal(0, 0.2, (64, 10))}
+    text = "f = Flatten (x); g = Gemm (f, w, b); r = Relu (g); y = MatMul (r, v)"
+    graph = build(text, {n: c.astype(np.float32) for n, c in weights.items()}, (1, 3, 8, 8))
+    model, images = graph.save(tmp_path / "m.onnx"), list(rng.integers(0, 256, (6, 8, 8, 3)).astype(np.uint8))
+
+    def preprocess(bgr):
+        return ((bgr.astype(np.float32) - 128) / 64).transpose(2, 0, 1)[None]
+
+    rare = {"progress": False, "profile": HTP, "weight_bits": 4}
+    steps = ("bias", "float_nodes", "methods", "ranges")
+    made = auto(model, images, preprocess, tmp_path / "4.onnx", steps=steps, **rare).model
+    eight = quantize_by("minmax", model, images, preprocess, tmp_path / "8.onnx", profile=HTP, progress=False).model
+    assert made.size_mb < eight.size_mb < made.float_size_mb and made.output_db > 10
+    assert Graph(onnx.load(made.path)).opset >= 21

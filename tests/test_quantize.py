@@ -201,13 +201,13 @@ def test_other_bad_input_is_refused(tmp_path, model, images):
     )
     refuse("gives NaN", InputError, model, images, lambda p: scale(p) * np.float32(np.nan), out)
     refuse(
-        "8-bit weights, 8- or 16-bit",
+        "4- or 8-bit weights, 8- or 16-bit",
         InputError,
         model,
         images,
         scale,
         out,
-        profile=Profile("four", True, True, False, False, weight_bits=4),
+        profile=Profile("five", True, True, False, False, weight_bits=5),
     )
     with pytest.raises(InputError, match="another file than the model"):
         quantize_static(model, images, scale, model)

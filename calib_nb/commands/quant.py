@@ -69,6 +69,12 @@ def quantize(
     activation_bits: Annotated[
         int | None, typer.Option(help="Bits of activations, 8 or 16 (default: as the target says, 8).")
     ] = None,
+    weight_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of weights, 8, or 4 for those of MatMul and Gemm in blocks (default: as the target says, 8)."
+        ),
+    ] = None,
     wide: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +115,7 @@ def quantize(
     labelled = _labels(labels, task, budget)
     target = profile if avx2_safe is None else replace(find_profile(profile), avx2_safe=avx2_safe)
     rare = {"stats": stats, "keep_float": tuple(keep_float or ()), "wide": tuple(wide or ())}
-    rare |= {"activation_bits": activation_bits}
+    rare |= {"activation_bits": activation_bits, "weight_bits": weight_bits}
     rare |= {"method": method, "profile": target, "labels": labelled}
     int8 = api.quantize(model, settings, output, images=files, **rare)
     if len(int8.steps):

@@ -133,7 +133,7 @@ def images_digest(images: Sequence[str | Path | np.ndarray]) -> str:
 # %% ../../nbs/quant/15_quantize.ipynb #cell-16
 def plain_graph(graph: Graph, profile: Profile) -> Graph:
     """A simplified copy of a loaded graph; layer scales are folded where the target's weights are per channel."""
-    return simplify(graph, scales=profile.weight_per_channel)
+    return simplify(graph, opset=21 if profile.weight_bits == 4 else 13, scales=profile.weight_per_channel)
 
 
 def device_graph(model: str | Path, profile: Profile) -> Graph:
@@ -382,10 +382,11 @@ def check_request(
         raise InputError(f"output {output}", expected="another file than the model, ending in .onnx")
     if not len(images):
         raise InputError("no calibration images", expected="at least one", fix="100 are a usual number")
-    if target.weight_bits != 8 or target.activation_bits not in (8, 16):
+    if target.weight_bits not in (4, 8) or target.activation_bits not in (8, 16):
         bits = f"{target.weight_bits}-bit weights and {target.activation_bits}-bit activations"
-        fix = "set weight_bits: 8 and activation_bits: 8 or 16 in the profile"
-        raise InputError(f"profile {target.name}: {bits}", expected="8-bit weights, 8- or 16-bit activations", fix=fix)
+        fix = "set weight_bits and activation_bits in the profile"
+        expected = "4- or 8-bit weights, 8- or 16-bit activations"
+        raise InputError(f"profile {target.name}: {bits}", expected=expected, fix=fix)
     if not Path(model).is_file():
         raise ModelError(f"no such model: {model}", fix="check the path")
     digests = {"images_sha256": images_digest(images), "model_sha256": model_digest(model)}
@@ -456,6 +457,7 @@ class QuantizeOptions:
     Args:
         keep_float: Names of nodes that stay in float, as the file or `diagnose` names them.
         activation_bits: 8 or 16, whatever the target says; None as it says.
+        weight_bits: 8, or 4 for the weights of MatMul and Gemm, whatever the target says; None as it says.
         wide: Names of nodes whose activations have 16 bits where those of the others have 8.
         noise: How noise in the outputs is measured, where a task knows better than their squared error.
         stats: File (.npz) that stores the pass over the images, for one model, preprocessing and kind of weights;
@@ -465,6 +467,7 @@ class QuantizeOptions:
 
     keep_float: Sequence[str] = ()
     activation_bits: int | None = None
+    weight_bits: int | None = None
     wide: Sequence[str] = ()
     noise: NoiseMeasure = noise_shares
     stats: str | Path | None = None
@@ -473,10 +476,14 @@ class QuantizeOptions:
     def target(self, profile: str | Profile) -> Profile:
         """A profile, or the one of that name, with the bits that are asked for."""
         target = profile if isinstance(profile, Profile) else find_profile(profile)
-        if self.activation_bits not in (None, 8, 16):
-            fix = "16 where 8 are too few; nothing else is written"
-            raise InputError(f"{self.activation_bits}-bit activations", expected="8 or 16", fix=fix)
-        return replace(target, activation_bits=self.activation_bits) if self.activation_bits else target
+        for what, bits, known in (
+            ("activations", self.activation_bits, (8, 16)),
+            ("weights", self.weight_bits, (8, 4)),
+        ):
+            if bits not in (None, *known):
+                raise InputError(f"{bits}-bit {what}", expected=" or ".join(map(str, known)), fix="8 is usual")
+        bits = {"activation_bits": self.activation_bits, "weight_bits": self.weight_bits}
+        return replace(target, **{name: value for name, value in bits.items() if value})
 
 
 def with_settings(options, settings: Mapping[str, object]):
@@ -547,7 +554,7 @@ def quantize_static(
     trial = Trial(inputs, outputs_of(given, inputs, threads=1), options.noise)
     return write_int8_model(graph, int8, target, output, history, model, float_nodes=nodes, trial=trial)
 
-# %% ../../nbs/quant/15_quantize.ipynb #cell-46
+# %% ../../nbs/quant/15_quantize.ipynb #cell-48
 def split_images(images: Sequence, *, share: float = 0.3, seed: int = 0) -> tuple[list, list]:
     """Images that set the ranges, and images that judge.
 

@@ -52,7 +52,7 @@ def grid_table(graph: Graph, table: pd.DataFrame, profile: Profile) -> pd.DataFr
             rows.append(("activation", tensor, -1, -1, (bottom - zero) * scale, (top - zero) * scale, scale, zero))
     for layer in layers(graph):
         weight, axis = graph.constant(layer.weight), layer.axis if profile.weight_per_channel else None
-        scales, zeros = weight_scale(weight, axis, symmetric=profile.weight_symmetric)
+        scales, zeros = weight_scale(weight, axis, symmetric=profile.weight_symmetric, bits=profile.weight_bits)
         bottom, top = profile.weight_levels
         for channel, (scale, zero) in enumerate(zip(scales.ravel().tolist(), zeros.ravel().tolist())):
             place = (-1, -1) if axis is None else (axis, channel)

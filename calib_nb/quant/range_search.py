@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, require_known
 from ..core.parallel import bar_switch
 from ..graph.layers import activations, aliases, macs
-from ..graph.model import Graph, attribute, open_graph
+from ..graph.model import Graph, open_graph
 from .quantize import range_table
 from .sensitivity import NoiseMeasure, Outputs, measured_outputs, noise_ratio, noise_shares
 from .target import Profile
 from .units import int8_operators
-from .write import write_qdq
+from .write import dequantized, write_qdq
 
 # %% ../../nbs/quant/16_range_search.ipynb #cell-8
 _FACTORS = (0.5, 0.64, 0.8, 1.25, 1.6)
@@ -108,9 +108,7 @@ def _float_constants(int8: Graph) -> Graph:
     """A copy in which constants are the floats that their codes stand for, whatever the scale of their neighbours."""
     new = int8.copy()
     for node in [n for n in new.nodes if n.op_type == "DequantizeLinear" and n.input[0] in new.constants]:
-        values, scale, zero = (new.constant(name).astype(np.float64) for name in node.input)
-        form = [-1 if k == attribute(node, "axis", 1) and scale.ndim else 1 for k in range(values.ndim)]
-        new.set_constant(node.output[0], ((values - zero.reshape(form)) * scale.reshape(form)).astype(np.float32))
+        new.set_constant(node.output[0], dequantized(new, node))
         new.nodes.remove(node)
     new.changed()
     new.sweep()

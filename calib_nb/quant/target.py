@@ -25,7 +25,8 @@ class Profile:
         weight_symmetric: Whether the zero point of weights is 0.
         activation_signed: Whether activations are int8 rather than uint8.
         activation_symmetric: Whether the zero point of activations is 0; only signed ones can be.
-        weight_bits: 2..16.
+        weight_bits: 2..16; with 4 the weights of MatMul and Gemm have 4 bits, in blocks, and those of a Conv 8.
+        weight_block: With 4-bit weights, how many that are summed over share a scale: 16, 32, 64, 128 or 256.
         activation_bits: 2..16.
         float_operators: ONNX operator types that the target computes in float.
         toolchain_repairs: What the vendor's compiler repairs by itself, in words.
@@ -51,6 +52,7 @@ class Profile:
     activation_symmetric: bool
     weight_bits: int = 8
     activation_bits: int = 8
+    weight_block: int = 32
     float_operators: tuple[str, ...] = ()
     toolchain_repairs: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
@@ -70,6 +72,8 @@ class Profile:
         if not all(0 <= share <= 1 for share in shares.values()):
             words = ", ".join(f"{name} {share}" for name, share in shares.items())
             raise InputError(f"{who}: {words}", expected="shares between 0 and 1")
+        if self.weight_block not in (16, 32, 64, 128, 256):
+            raise InputError(f"{who}: blocks of {self.weight_block}", expected="16, 32, 64, 128 or 256")
         if not all(bits in BITS for bits in (self.weight_bits, self.activation_bits)):
             bits = f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations"
             raise InputError(f"{who}: {bits}", expected="2 to 16 bits")
