@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..analysis.compare import run_model
 from ..core.errors import InputError
-from ..data.images import decode, find_images
+from ..data.images import find_images
 from .pictures import BLUE, GRAY, GREEN, ORANGE, RED, Plot, gallery_svg, jpeg, picture_svg, stack_svg
 from ..faces.align import align
 from ..faces.demo import demo_detector, demo_embedder, demo_lfw, demo_scenes
