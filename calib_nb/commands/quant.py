@@ -70,10 +70,7 @@ def quantize(
         int | None, typer.Option(help="Bits of activations, 8 or 16 (default: as the target says, 8).")
     ] = None,
     weight_bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits of weights, 8, or 4 for those of MatMul and Gemm in blocks (default: as the target says, 8)."
-        ),
+        int | None, typer.Option(help="Bits of weights: 8, or 4 for those of MatMul and Gemm, in blocks (default: 8).")
     ] = None,
     wide: Annotated[
         list[str] | None,
@@ -349,17 +346,13 @@ def quantize_weights(
         ),
     ] = "qdq",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or 256.")] = 32,
-    operator: Annotated[
-        list[str] | None,
-        typer.Option(help="MatMul, Gemm or Conv (qdq only); repeat as needed (default: MatMul and Gemm)."),
-    ] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="Node that stays in float; repeat as needed.")] = None,
 ):
     """Write a float file whose products have 4-bit weights; activations stay in float."""
     from calib_nb.quant.blocks import quantize_weights_only
 
-    rare = {"operators": tuple(operator or ("MatMul", "Gemm")), "keep_float": tuple(keep_float or ())}
-    small = quantize_weights_only(model, output, format=format_, block=block_size, **rare)
+    kept = tuple(keep_float or ())
+    small = quantize_weights_only(model, output, format=format_, block=block_size, keep_float=kept)
     left = f", {len(small.left)} left in float" if small.left else ""
     typer.echo(
         f"{small.nodes} products with 4-bit weights{left}\n"
