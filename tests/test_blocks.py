@@ -131,7 +131,7 @@ def test_the_file_is_smaller_and_other_readers_keep_their_floats(tmp_path):
         assert small.size_mb < 0.17 * small.float_size_mb
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 70), st.integers(1, 5), st.sampled_from([16, 32, 64]))
 def test_blocks_round_no_worse_than_by_their_largest_weight(seed, rows, columns, block):
     rng = np.random.default_rng(seed)
