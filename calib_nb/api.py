@@ -117,14 +117,15 @@ def quantize(
         config: The config, or its file: preprocessing, calibration images and their number.
         output: The file to write, ending in .onnx.
         method: "auto", "thorough", "all", or one range method such as "minmax" or "kl".
-        profile: Target: "ort-cpu", "per-tensor-npu", "int8-only", "xnnpack", a YAML file that describes another, or a
-            `Profile`.
+        profile: Target: "ort-cpu", "per-tensor-npu", "int8-only", "xnnpack", "qnn-htp", a YAML file that describes
+            another, or a `Profile`.
         images: Calibration images instead of the config's: a folder or files.
         labels: Other images, with labels: a recipe keeps its last steps by the task's metric on a half of them, and the
             drop is predicted on the other half.
         options: What is rarely changed; the noise is that of the model's task unless it is named here.
-        **settings: Single fields of `RecipeOptions` instead: keep_float (names of nodes that stay in float), stats
-            (file that keeps what the pass over the images saw; with a single method only), progress and others.
+        **settings: Single fields of `RecipeOptions` instead: keep_float (names of nodes that stay in float), wide
+            (of nodes with 16-bit activations), activation_bits (16), weight_bits (4), stats (file that keeps what the
+            pass over the images saw; with a single method only), progress and others.
 
     Returns:
         The model, its recipe and its config; `model.usable` says whether its outputs are more than noise.

@@ -137,11 +137,9 @@ def wide_lists(
     Returns:
         By list of names, what it is in words; empty where the target has no 16-bit activations.
     """
-    names = choose_float_nodes(table, nodes=target.wide_nodes, least=0.005)
-    counts = sorted({round(part * len(names)) for part in (0.125, 0.25, 0.5, 0.75, 1.0)} - {0})
-    return {
-        tuple(dict.fromkeys((*taken, *with_writers(graph, ranges, names[:count])))): (
-            f"{count} of {len(table)} nodes with 16-bit activations, the noisiest first"
-        )
-        for count in counts
-    }
+    names, lists = choose_float_nodes(table, nodes=target.wide_nodes, least=0.005), {}
+    for count in sorted({round(part * len(names)) for part in (0.125, 0.25, 0.5, 0.75, 1.0)} - {0}):
+        chosen = tuple(dict.fromkeys((*taken, *with_writers(graph, ranges, names[:count]))))
+        if not any(set(known) == set(chosen) for known in lists):
+            lists[chosen] = f"{count} of {len(table)} nodes with 16-bit activations, the noisiest first"
+    return lists

@@ -428,7 +428,7 @@ def auto(
     written = write_int8_model(plan.graph, search.written(plan), target, output, notes, model, **kept)
     return Recipe(replace(written, noise=best.noise), table)
 
-# %% ../../nbs/quant/17_recipe.ipynb #cell-36
+# %% ../../nbs/quant/17_recipe.ipynb #cell-38
 def quantize_by(
     method: str,
     model: str | Path,
