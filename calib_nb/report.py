@@ -25,6 +25,7 @@ import calib_nb
 from .core.errors import CalibError, InputError, require_known
 from .core.notebook_page import record_page, to_html
 from .core.page import html_table
+from .core.parallel import current_engine
 from calib_nb.core.run import (
     RunFolder,
     atomic_file,
@@ -351,6 +352,9 @@ def _execute(report: str, values: dict, partial: Path, progress: bool):
     import papermill
 
     with _kernel() as settings:
+        if where := _address_in_use():
+            start = f"import calib_nb.core.cluster; calib_nb.core.cluster.join_cluster({where!r})"
+            settings["extra_arguments"] = [f"--IPKernelApp.exec_lines={start}"]
         return papermill.execute_notebook(
             str(report_notebook(report)),
             str(partial / "report.ipynb"),
@@ -361,6 +365,15 @@ def _execute(report: str, values: dict, partial: Path, progress: bool):
             log_output=False,
             **settings,
         )
+
+
+def _address_in_use() -> str:
+    """Address of the cluster that the kernel is to use as well, "" without one."""
+    if current_engine.get() is None:
+        return ""
+    from calib_nb.core.cluster import address_in_use
+
+    return address_in_use()
 
 
 def _fault(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The map on a cluster of processes: equal to the local one, whatever dies on the way."""
 
 import contextlib
+import contextvars
 import functools
 import os
 import pickle
@@ -11,6 +12,7 @@ import threading
 import time
 
 import cv2
+import nbformat
 import numpy as np
 import pytest
 
@@ -29,6 +31,7 @@ from calib_nb.faces.embed import Embedder, embed_photos  # noqa: E402
 from calib_nb.graph.build import conv, linear, sequential  # noqa: E402
 from calib_nb.quant.observe import ObserveOptions, observe  # noqa: E402
 from calib_nb.quant.stats import read_stats  # noqa: E402
+from calib_nb.report import run_report  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -374,3 +377,24 @@ def test_quantize_on_a_cluster_writes_the_same_bytes(photos, tmp_path):
     assert main([*line, str(tmp_path / "near.onnx")]) == 0
     assert main([*line, str(tmp_path / "far.onnx"), "--cluster", "local:2"]) == 0
     assert (tmp_path / "far.onnx").read_bytes() == (tmp_path / "near.onnx").read_bytes()
+
+
+@pytest.mark.slow  # a kernel and what it imports
+def test_a_report_uses_the_cluster_that_is_in_use(client, tmp_path):
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
+    parameters = nbformat.v4.new_code_cell('run_dir = ""', metadata={"tags": ["parameters"]})
+    source = (
+        "import os\nfrom pathlib import Path\nfrom calib_nb.core.parallel import parallel_map\n"
+        "found = set(parallel_map(lambda _: os.getpid(), range(4), progress=False))\n"
+        "Path(run_dir, 'where.txt').write_text(' '.join(map(str, found)))"
+    )
+    notebook.cells = [parameters, nbformat.v4.new_code_cell(source)]
+    nbformat.write(notebook, tmp_path / "where.ipynb")
+    with cluster(client):
+        far = run_report(str(tmp_path / "where.ipynb"), folder=tmp_path / "far", progress=False)
+    notebook, alone = str(tmp_path / "where.ipynb"), contextvars.Context()  # the module's client is not in use there
+    near = alone.run(run_report, notebook, folder=tmp_path / "near", progress=False)
+    assert set(map(int, (far.folder / "where.txt").read_text().split())) <= set(pids(client))
+    assert not set(map(int, (near.folder / "where.txt").read_text().split())) & set(pids(client))

@@ -17,6 +17,7 @@ from ..quant.sensitivity import NoiseMeasure, Outputs, noise_shares
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-8
 _LEAST = 1e-12
+_TOLERATED = (1.0, 4.0, 0.1)  # points and box in pixels, score: what costs as much as points that are a pixel off
 
 
 def _cells(outputs: Sequence[np.ndarray], names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -36,9 +37,9 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> NoiseMeasure:
         threshold: Least score (0-1) of a cell in the float model.
 
     Returns:
-        From the outputs of the float model and of another to float64 [3 x strides]: squared pixels of the points, of
-        the box, and squared score, for every stride that sees a face; each the geometric mean over cells, at least
-        1e-12.
+        From the outputs of the float model and of another to float64 [strides], for every stride that sees a face:
+        squared pixels that the points move, with those of the box over 16 and 100 times the squared change of the
+        score; the geometric mean over cells, at least 1e-12.
         Without a sure cell in any image it is `noise_shares`.
     """
 
@@ -47,9 +48,9 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> NoiseMeasure:
         for wanted, given in zip(reference, outputs, strict=True):
             for k, (cells, other) in enumerate(zip(_cells(wanted, names), _cells(given, names))):
                 sure = cells[2][:, 0] >= threshold
-                for aspect, (a, b) in enumerate(zip(cells, other)):
-                    square = np.square(a[sure] - b[sure], dtype=np.float64).sum(axis=1)
-                    squares.setdefault((k, aspect), []).append(square / (5 if aspect == 0 else 1))
+                moved = [np.square(a[sure] - b[sure], dtype=np.float64).sum(axis=1) for a, b in zip(cells, other)]
+                moved[0] /= 5
+                squares.setdefault(k, []).append(sum(m / t**2 for m, t in zip(moved, _TOLERATED)))
         pooled = [np.concatenate(rows) for rows in squares.values()]
         means = [np.exp(np.log(np.maximum(x, _LEAST)).mean()) for x in pooled if len(x)]
         return np.array(means) if means else noise_shares(reference, outputs)
