@@ -89,7 +89,9 @@ class FaceTrainConfig(BaseModel):
     device: Literal[DEVICES] = Field(
         "auto", description="auto: a GPU when there is one; cuda goes on without one, cuda! does not"
     )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(2, description="processes that prepare photos; 0: none")
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto", description="processes that prepare photos; 0: none; auto: two on a CPU, on a GPU a core for each"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of weights, order, variation and drawn people")
     tensorboard: bool = Field(True, description="write TensorBoard's files")
 
