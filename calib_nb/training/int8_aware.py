@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.errors import InputError, ModelError
 from ..core.run import atomic_file
+from ..quant.grid import least_error_scale
 from .loop import FaceTraining, train_faces
 from .settings import FaceTrainConfig
 
@@ -100,21 +101,6 @@ def _operators() -> dict[str, Callable]:
     }
 
 
-def _scale_of_bits(weights, scale, lowest: int, highest: int):
-    """The scale, up to the one given that clips nothing, whose rounding error over the weights is least."""
-    import torch
-
-    others = [k for k in range(weights.ndim) if scale.ndim == 0 or scale.shape[k] == 1]
-    best, least = scale, None
-    for share in np.linspace(1, 0.15, 35):
-        step = scale * float(share)
-        error = (torch.clamp(torch.round(weights / step), lowest, highest) * step - weights).square()
-        error = error.sum(others, keepdim=scale.ndim > 0)
-        least = error if least is None else least
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    return best
-
-
 def _make_network():
     """The class, made when torch is there."""
     import onnx
@@ -168,7 +154,8 @@ def _make_network():
                 self.latent[self._key(source)] = nn.Parameter(whole * values)
                 if self.bits and stored.ndim > 1:
                     lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-                    values = _scale_of_bits(whole * values, values * (127 / highest), lowest, highest)
+                    first = (values * (127 / highest)).numpy()  # it clips nothing
+                    values = torch.from_numpy(least_error_scale((whole * values).numpy(), first, lowest, highest))
             if (key := self._key(scale)) not in self.scales:
                 self.scales[key] = nn.Parameter(torch.ones_like(values))
                 self.register_buffer(f"first_{key}", values, persistent=False)
