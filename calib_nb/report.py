@@ -25,7 +25,7 @@ import calib_nb
 from .core.errors import CalibError, InputError, require_known
 from .core.notebook_page import record_page, to_html
 from .core.page import html_table
-from .core.parallel import current_engine
+from .core.parallel import bar_switch, current_engine
 from calib_nb.core.run import (
     RunFolder,
     atomic_file,
@@ -361,7 +361,7 @@ def _execute(report: str, values: dict, partial: Path, progress: bool):
             {**values, "run_dir": str(partial)},
             kernel_name="python3",
             language="python",
-            progress_bar=progress and {"desc": Path(report).stem},
+            progress_bar={"desc": Path(report).stem, **bar_switch(progress)},
             log_output=False,
             **settings,
         )

@@ -8,6 +8,11 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
+
+from calib_nb.core.errors import CalibError
+from calib_nb.report import run_report
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTER = """
 import time
@@ -77,6 +82,22 @@ def test_what_ends_at_once_leaves_no_line():
 def test_every_bar_goes_through_the_switch():
     sources = [p for p in (ROOT / "calib_nb").rglob("*.py") if "disable=None" in p.read_text(encoding="utf-8")]
     assert not sources, "it overrules TQDM_DISABLE: use core.parallel.bar_switch"
+
+
+def test_the_bar_of_a_report_goes_through_the_switch_too(tmp_path, monkeypatch, capsys):
+    import papermill
+    from papermill.engines import NotebookExecutionManager
+
+    def run_nothing(notebook, *_, progress_bar, **__):
+        manager = NotebookExecutionManager(papermill.iorw.load_notebook_node(notebook), progress_bar=progress_bar)
+        manager.pbar.update(1)
+        manager.pbar.close()
+        raise OSError("no kernel today")
+
+    monkeypatch.setattr(papermill, "execute_notebook", run_nothing)
+    with pytest.raises(CalibError, match="no kernel today"):
+        run_report("npu-config", folder=tmp_path / "run")
+    assert capsys.readouterr().err == "", "what ends at once leaves no line"
 
 
 def test_libpng_says_nothing_about_a_colour_profile(tmp_path):
