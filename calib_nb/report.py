@@ -486,7 +486,7 @@ def show_table(table: pd.DataFrame, caption: str = "", *, marks: Mapping[str, st
     """A table for display: numbers right with equal decimals, texts left, no index, cells escaped."""
     from IPython.display import HTML
 
-    table = table.rename(columns=lambda c: str(c).replace("_", " "))
+    table = table.rename(columns=lambda c: str(c).replace("_db", ", dB").replace("_", " "))
     missing = {c: "not measurable here" for c in table.columns if "latency" in c}
     return HTML(str(html_table(table, caption=caption, missing=missing, marks=marks, keys=False)))
 
