@@ -8,6 +8,7 @@ __all__ = ['SAMPLE_SIZES', 'HISTOGRAM_METHODS', 'SHARES', 'draw', 'resampled_ran
            'plot_advice', 'tensor_stability', 'activation_coverage']
 
 # %% ../../nbs/quant/18_stability.ipynb #cell-2
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, counted, require_known
 from ..core.parallel import bar_switch
-from .kernels import kernel
 from calib_nb.quant.ranges import (
     RANGE_METHODS,
     image_rows,
@@ -181,7 +181,6 @@ def plot_stability(table: pd.DataFrame, ax=None, *, tolerance: float = 0.1):
 SHARES = np.diff([0.0, *QUANTILES, 1.0])  # of the values, between least, quantiles and greatest
 
 
-@kernel
 def clipped_energy(knots: np.ndarray, shares: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Mean square that bounds clip.
 
@@ -193,6 +192,18 @@ def clipped_energy(knots: np.ndarray, shares: np.ndarray, bounds: np.ndarray) ->
     Returns:
         float64 [tensors, bounds], mean over the images; values between knots are taken as evenly spread.
     """
+    return _compiled()(knots, shares, bounds)
+
+
+@functools.cache
+def _compiled():
+    """The loops below; numba is imported when they run."""
+    from calib_nb.quant.kernels import kernel
+
+    return kernel(_clipped_energy)
+
+
+def _clipped_energy(knots, shares, bounds):
     images, tensors, count = knots.shape
     out = np.zeros(bounds.shape)
     for i in range(images):
