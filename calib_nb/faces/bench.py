@@ -111,7 +111,7 @@ class BenchOptions:
         workers: Threads that decode, detect and align; None: one per core.
         flip: Add the embedding of the mirrored crop.
         models_dir: Where published models are, instead of the user's cache.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
         threads: Threads of a network.
         resume: Continue from the journal of a run that was killed.
         bootstrap: Samples of the interval of the accuracy.

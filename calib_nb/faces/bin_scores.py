@@ -179,7 +179,7 @@ def verify_bins(
         sets: `.bin` files.
         models: ONNX files, or EdgeFace checkpoints (.pt).
         output_dir: Folder of results.csv and embeddings/; the same call again continues a run that was killed.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
         **options: folds, batch_size, workers and progress, as of `verify_bin`.
 
     Returns:

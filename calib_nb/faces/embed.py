@@ -42,7 +42,7 @@ class Embedder:
     Args:
         model: ONNX file, float or INT8, of input [N,3,S,S] and output [N,D].
         threads: Threads of the network.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
 
     Raises:
         ModelError: It is no such network.

@@ -125,7 +125,7 @@ def run_signature(
         method: Name and file of the detector.
         networks: ONNX files by label.
         flip: Whether embeddings of mirrored crops are added.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
     """
     detector, libraries = DETECTORS[method[0]], versions() | versions("mediapipe", "opencv-contrib-python")
     hashes = {label: model_digest(path) for label, path in networks.items()}

@@ -38,7 +38,7 @@ def face_quality(
         source_dir: Folder of aligned, square crops; its subfolders are searched too.
         model: ONNX file, EdgeFace checkpoint (.pt), or an embedder.
         output: CSV to write, as `prepare` takes it.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
         **options: batch_size, workers and progress, as of `CropOptions`.
 
     Returns:

@@ -127,7 +127,7 @@ def score_templates(
         models: ONNX files, or EdgeFace checkpoints (.pt).
         output_dir: Gets pairs.csv, searches.csv and embeddings/; the same call again continues a run that was killed.
         modes: Ways to make templates, of `TEMPLATE_MODES`.
-        device: cpu, cuda or auto.
+        device: One of `calib_nb.core.device.DEVICES`.
         progress: Show bars.
         **options: batch_size and workers, as of `CropOptions`.
 
