@@ -110,7 +110,7 @@ def test_an_error_names_its_item_and_what_was_done_is_kept(client, tmp_path):
     assert kept == list(range(30)) and (tmp_path / "j").read_bytes().count(b"\n") >= 31
 
 
-@pytest.mark.slow  # a cluster of its own
+@pytest.mark.slow  # a cluster for this test alone
 def test_a_scheduler_that_is_gone_is_one_line(tmp_path):
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as here:
         client = distributed.Client(here)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("distributed", reason="the extra cluster is not installed")
 
-# A network, mounts and processes of its own; `--kill-child`: nothing of it is left, however this ends.
+# A separate network, mounts and processes; `--kill-child`: nothing of it is left, however this ends.
 UNSHARE = ["unshare", "-rnm", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 HOSTS = """

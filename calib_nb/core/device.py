@@ -70,7 +70,7 @@ def resolve_device(device: str, engine: str = "torch") -> str:
     """Where a network computes.
 
     Args:
-        device: One of `DEVICES`; for torch also a name of its own, such as "cuda:1" or "mps".
+        device: One of `DEVICES`; for torch also a name that torch knows, such as "cuda:1" or "mps".
         engine: One of `ENGINES`.
 
     Returns:

@@ -348,10 +348,8 @@ def _epoch(run: _Run, pairs: Sequence, epoch: int, report: Callable[[int, float,
     batches = torch.randperm(len(pairs), generator=generator)[: steps * s.batch].reshape(steps, s.batch).tolist()
     mirrored = torch.rand(steps, s.batch, generator=generator) < (0.5 if s.mirror else 0.0)
     for k, (chosen, rgb, depth_m) in enumerate(_loader(pairs, batches, s.workers, run.device, learn=True)):
-        step, deep = (
-            epoch * steps + k,
-            deep or bool((depth_m > 0).any()),
-        )  # a look at each batch would cost the GPU time
+        step = epoch * steps + k
+        deep = deep or bool((depth_m > 0).any())  # a look at each batch would cost the GPU time
         rate = learning_rate_at(step, s.epochs * steps, s)
         loss = run.step(rgb, depth_m, rate, mirrored[k])
         if loss is None:

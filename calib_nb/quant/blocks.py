@@ -241,7 +241,7 @@ def quantize_weights_only(
         raise ModelError(f"no product of {Path(model).name} fits the form {format}", fix="take the form qdq")
     if not changed:
         fix = f"quantize it to INT8: calib-nb quantize --model {Path(model).name}"
-        raise ModelError(f"no product of {Path(model).name} has weights of its own", fix=fix)
+        raise ModelError(f"no product of {Path(model).name} has constant weights", fix=fix)
     import onnx
 
     if format == "matmulnbits" and all(o.domain != "com.microsoft" for o in graph.model.opset_import):
