@@ -152,7 +152,7 @@ def programs() -> Path:
     import torch
 
     from calib_nb.tags.coco import COCO_CATEGORIES
-    from calib_nb.tags.demo_drawings import tagged_photos
+    from calib_nb.tags.demo_drawings import tagged_images
     from calib_nb.tags.export import export_checkpoint
     from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger, save_tagger
 
@@ -160,7 +160,7 @@ def programs() -> Path:
         torch.manual_seed(0)
         spec = TaggerSpec("resnet18", tuple(COCO_CATEGORIES.values()), width=16, size=64)
         checkpoint = save_tagger(folder / "tagger.pth", spec, build_tagger(spec).eval())
-        photos = tagged_photos(folder / "drawn", 24, size=80, seed=1).parent / "images"
+        photos = tagged_images(folder / "drawn", 24, size=80, seed=1).parent / "images"
         demo = demo_checkpoints()
         trained, seen = load_tagger(demo.checkpoint)[1], demo.coco.parent / "images"
         for name, source, mode, about, scored in (

@@ -14,7 +14,7 @@ from calib_nb.core.errors import InputError
 from calib_nb.data import copies
 from calib_nb.data.audit import audit_folder, audit_page, content_kind, fineness, picture_faults
 from calib_nb.data.copies import WINDOWS, agreement, copy_views, find_copies, image_views, low_frequencies
-from calib_nb.data.demo_photos import paint_scene
+from calib_nb.data.demo_images import paint_scene
 
 SCENES = [paint_scene(i, height=120, width=160) for i in range(14)]
 

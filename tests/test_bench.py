@@ -23,7 +23,7 @@ from calib_nb.faces.bench import bench
 from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw
 from calib_nb.faces.detectors import FaceDetector
 from calib_nb.faces.edgeface import edgeface
-from calib_nb.faces.embed import Embedder, embed_photos, onnx_file
+from calib_nb.faces.embed import Embedder, embed_images, onnx_file
 from calib_nb.faces.noise import noise_for
 from calib_nb.faces.pipelines import read_methods
 from calib_nb.faces.scores import pair_metrics, used
@@ -386,7 +386,7 @@ def test_a_fault_of_the_network_stops_the_run(small):
     paths = [p.relative_to(small[0]).as_posix() for p in sorted(small[0].rglob("*.jpg"))[:10]]
     detector = FaceDetector("yunet", model=demo_detector())
     with pytest.raises(ModelError, match="broken"):
-        embed_photos(detector, small[0], paths, {"broken": Broken()}, batch_size=2, progress=False)
+        embed_images(detector, small[0], paths, {"broken": Broken()}, batch_size=2, progress=False)
 
 
 # ---------------------------------------------------------------- the task

@@ -115,7 +115,7 @@ def thousand(tmp_path_factory) -> Path:
     import cv2
     import numpy as np
 
-    from calib_nb.data.demo_photos import degrade, paint_scene
+    from calib_nb.data.demo_images import degrade, paint_scene
 
     folder, rng = tmp_path_factory.mktemp("thousand"), np.random.default_rng(0)
     scenes = [paint_scene(k) for k in range(12)]

@@ -15,7 +15,7 @@ import forked
 import numpy as np
 import pytest
 
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.data.demo_images import graded_images
 from calib_nb.demo import demo_data
 
 SHELL = [sys.executable, "-m", "calib_nb"]
@@ -30,7 +30,7 @@ def calib_nb(line: str, cwd=None, **env) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images") / "images"
-    graded_photos(folder, 30)
+    graded_images(folder, 30)
     return folder
 
 
@@ -158,7 +158,7 @@ def test_prepare_twice_gives_the_same_bytes(images, tmp_path):
 
 
 def test_ctrl_c_and_kill_leave_no_half_set_and_the_run_goes_on(tmp_path):
-    graded_photos(tmp_path / "many", 250)
+    graded_images(tmp_path / "many", 250)
     line = "prepare --source-dir many --output-dir set --num-samples 20"
     for how, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

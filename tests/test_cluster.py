@@ -27,7 +27,7 @@ from calib_nb.data import score  # noqa: E402
 from calib_nb.data.duplicates import hash_images  # noqa: E402
 from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw  # noqa: E402
 from calib_nb.faces.detectors import FaceDetector  # noqa: E402
-from calib_nb.faces.embed import Embedder, embed_photos  # noqa: E402
+from calib_nb.faces.embed import Embedder, embed_images  # noqa: E402
 from calib_nb.graph.build import conv, linear, sequential  # noqa: E402
 from calib_nb.quant.observe import ObserveOptions, observe  # noqa: E402
 from calib_nb.quant.stats import read_stats  # noqa: E402
@@ -329,15 +329,15 @@ def test_faces_are_embedded_as_locally_while_workers_are_killed(client, tmp_path
     networks = {"demo": Embedder(demo_embedder())}
     detector = FaceDetector("yunet", model=demo_detector())
     how = {"batch_size": 16, "progress": False}
-    near = embed_photos(detector, folder, photos, networks, **how)
+    near = embed_images(detector, folder, photos, networks, **how)
     seen = ["state", "reason", "score"]
     with cluster(client):
-        far = embed_photos(detector, folder, photos, networks, journal=tmp_path / "journal", **how)
+        far = embed_images(detector, folder, photos, networks, journal=tmp_path / "journal", **how)
         assert np.array_equal(far.embeddings["demo"], near.embeddings["demo"], equal_nan=True)
         assert far.photos[seen].equals(near.photos[seen])
         killer = Killer(client, 4, seed=3, pause=(2, 6))
         while killer.is_alive():
-            far = embed_photos(detector, folder, photos, networks, **how)
+            far = embed_images(detector, folder, photos, networks, **how)
             assert np.array_equal(far.embeddings["demo"], near.embeddings["demo"], equal_nan=True)
 
 

@@ -14,7 +14,7 @@ from calib_nb.api import coverage
 from calib_nb.commands.npu import app
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.data.dataset import OBSERVED, prepare
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.data.demo_images import graded_images
 from calib_nb.data.preprocess import Preprocess
 from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.quant.cover_set import CoverageStrategy
@@ -171,7 +171,7 @@ def test_selectq_takes_one_image_of_each_clear_cluster():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("coverage")
-    graded_photos(out / "images", n=24)
+    graded_images(out / "images", n=24)
     sequential(conv(4, 3), "Relu", linear(2), shape=(1, 3, 8, 8)).save(out / "net.onnx")
     return out
 

@@ -20,7 +20,7 @@ from calib_nb.core.errors import InputError
 from calib_nb.core.run import read_json, sha256_folder
 from calib_nb.data import dataset, score
 from calib_nb.data.dataset import JOURNAL, PrepareOptions, check_output, place, prepare, write_set
-from calib_nb.data.demo_photos import graded_photos, odd_files, paint_scene
+from calib_nb.data.demo_images import graded_images, odd_files, paint_scene
 from calib_nb.data.duplicates import leaks
 from calib_nb.data.images import find_images
 from calib_nb.data.sample import select_images
@@ -30,7 +30,7 @@ from calib_nb.data.set_files import SET_FILES, is_calibration_set, plot_distribu
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "photos"
-    graded_photos(folder)
+    graded_images(folder)
     odd_files(folder / "odd")
     return folder
 

@@ -7,14 +7,14 @@ import pytest
 
 from calib_nb.core.errors import ImageError, InputError
 from calib_nb.core.run import read_json, sha256_folder
-from calib_nb.data.demo_photos import PHOTO_FAULTS, degrade, graded_photos, odd_files, paint_scene
+from calib_nb.data.demo_images import IMAGE_FAULTS, degrade, graded_images, odd_files, paint_scene
 from calib_nb.data.images import decode, find_images
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "photos"
-    return folder, graded_photos(folder)
+    return folder, graded_images(folder)
 
 
 def measured(image: np.ndarray, fault: str) -> float:
@@ -30,7 +30,7 @@ def measured(image: np.ndarray, fault: str) -> float:
     }[fault]
 
 
-@pytest.mark.parametrize("fault", PHOTO_FAULTS)
+@pytest.mark.parametrize("fault", IMAGE_FAULTS)
 def test_every_fault_grows_from_grade_to_grade(photos, fault):
     folder, truth = photos
     scenes = truth.loc[truth["fault"] == fault, "scene"].unique()
@@ -52,9 +52,9 @@ def test_the_truth_is_written_and_true(photos):
 
 
 def test_same_arguments_same_bytes(photos, tmp_path):
-    graded_photos(tmp_path / "again")
+    graded_images(tmp_path / "again")
     assert sha256_folder(photos[0]) == sha256_folder(tmp_path / "again")
-    graded_photos(tmp_path / "other", n=5, seed=1)
+    graded_images(tmp_path / "other", n=5, seed=1)
     assert (tmp_path / "other/scene_00/blur_0.jpg").read_bytes() != (photos[0] / "scene_00/blur_0.jpg").read_bytes()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
 from calib_nb.tags.coco import load_tagged
-from calib_nb.tags.demo_drawings import CATEGORIES, draw_tagged_photo, shape_mask, tagged_photos, tagged_splits
+from calib_nb.tags.demo_drawings import CATEGORIES, draw_tagged_image, shape_mask, tagged_images, tagged_splits
 
 
 def content(folder):
@@ -22,7 +22,7 @@ def content(folder):
 @given(seed=st.integers(0, 10_000), size=st.integers(32, 128), classes=st.integers(1, 8))
 def test_every_annotation_is_what_can_be_seen(seed, size, classes):
     names = list(CATEGORIES)[:classes]
-    photo, annotations = draw_tagged_photo(np.random.default_rng(seed), size, names)
+    photo, annotations = draw_tagged_image(np.random.default_rng(seed), size, names)
     assert photo.shape == (size, size, 3) and photo.dtype == np.uint8
     assert {name for name, _, _ in annotations} <= set(names)
     assert all(mask.any() for _, mask, _ in annotations)
@@ -38,12 +38,12 @@ def test_a_shape_stays_within_its_radius(name, angle, radius):
 
 def test_equal_arguments_give_equal_bytes_and_other_seeds_do_not(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        tagged_photos(tmp_path / name, 8, seed=seed)
+        tagged_images(tmp_path / name, 8, seed=seed)
     assert content(tmp_path / "a") == content(tmp_path / "b") != content(tmp_path / "c")
 
 
 def test_the_json_is_cocos(tmp_path):
-    path = tagged_photos(tmp_path / "set", 60, size=64)
+    path = tagged_images(tmp_path / "set", 60, size=64)
     data = json.loads(path.read_text())
     assert {"images", "annotations", "categories"} <= set(data)
     ids = [c["id"] for c in data["categories"]]
@@ -58,7 +58,7 @@ def test_the_json_is_cocos(tmp_path):
 
 
 def test_degraded_images_are_worse_and_only_some(tmp_path):
-    path = tagged_photos(tmp_path / "set", 120)
+    path = tagged_images(tmp_path / "set", 120)
     faults = [image["fault"] for image in json.loads(path.read_text())["images"]]
     photos = [cv2.imread(p, cv2.IMREAD_GRAYSCALE) for p in load_tagged(path).path]
     assert {"", "blurred", "dark", "flat"} == set(faults) and 20 <= sum(f != "" for f in faults) <= 55
@@ -67,12 +67,12 @@ def test_degraded_images_are_worse_and_only_some(tmp_path):
         for measure in (np.mean, np.std)
     )
     assert luma["dark"] < 0.4 * luma[""] and contrast["flat"] < 0.5 * contrast[""]
-    plain = json.loads(tagged_photos(tmp_path / "plain", 20, graded=False).read_text())
+    plain = json.loads(tagged_images(tmp_path / "plain", 20, graded=False).read_text())
     assert {image["fault"] for image in plain["images"]} == {""}
 
 
 def test_targets_are_those_of_the_annotations(tmp_path):
-    path = tagged_photos(tmp_path / "set", 40, classes=5)
+    path = tagged_images(tmp_path / "set", 40, classes=5)
     data, table = json.loads(path.read_text()), load_tagged(path)
     name = {c["id"]: c["name"] for c in data["categories"]}
     for image, row in zip(data["images"], table.to_dict("records"), strict=True):
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
     with pytest.raises(InputError, match="already holds something"):
-        tagged_photos(tmp_path / "mine", 3)
+        tagged_images(tmp_path / "mine", 3)
     assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"x"
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.demo_photos import paint_scene
+from calib_nb.data.demo_images import paint_scene
 from calib_nb.data.duplicates import (
     MAX_DISTANCE,
     group_near,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_nb.data.demo_photos import paint_scene
+from calib_nb.data.demo_images import paint_scene
 from calib_nb.data.score import SCORE_COLUMNS, score_image
 from calib_nb.explore.images import (
     IMAGE_AXES,

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_nb.core.errors import CalibError, InputError
-from calib_nb.training.recordio import RecordFile, pack_photo, pack_record, read_record, write_records
+from calib_nb.training.recordio import RecordFile, pack_image, pack_record, read_record, write_records
 from calib_nb.training.samples import FaceBatches, FaceSamples, Variation, epoch_order
-from calib_nb.training.sets import FaceSet, load_faces, pack_faces, same_photos
+from calib_nb.training.sets import FaceSet, load_faces, pack_faces, same_images
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 
@@ -62,7 +62,7 @@ def test_a_file_is_read_with_and_without_its_index_and_by_workers(record_file, t
 
 
 def test_labels_may_be_arrays_and_record_0_a_photo(tmp_path):
-    rows = [pack_photo([3, 0.25, 9], 0, b"a"), pack_photo(1, 1, b"b"), pack_photo([2, 5], 2, MAGIC * 3)]
+    rows = [pack_image([3, 0.25, 9], 0, b"a"), pack_image(1, 1, b"b"), pack_image([2, 5], 2, MAGIC * 3)]
     (tmp_path / "x.rec").write_bytes(b"".join(map(pack_record, rows)))
     file = RecordFile(tmp_path / "x.rec")
     assert file.labels.tolist() == [3, 1, 2] and not file.ranges
@@ -135,7 +135,7 @@ def test_three_forms_of_a_set_give_the_same_photos(face_folder, tmp_path):
     assert len(list(tmp_path.glob("set-*.tar"))) == 3
     pack_faces(face_folder, tmp_path / "set.tar")
     assert [p.name for p in tmp_path.glob("set-*.tar")] == ["set-000000.tar"]
-    assert same_photos(wanted, progress=False).person.tolist() == ["a", "c"]
+    assert same_images(wanted, progress=False).person.tolist() == ["a", "c"]
 
 
 def test_a_photo_that_cannot_be_decoded_leaves_no_set(face_folder, tmp_path):
@@ -184,7 +184,7 @@ def test_samples_are_the_same_with_any_number_of_workers(face_folder):
 def test_a_label_that_is_none_stops_before_the_first_step(tmp_path):
     for label in (0.5, -1.0, float("nan"), float("inf"), 3e9):
         (tmp_path / "x.rec").write_bytes(
-            b"".join(pack_record(pack_photo(v, k, b"")) for k, v in enumerate([0, label, 1]))
+            b"".join(pack_record(pack_image(v, k, b"")) for k, v in enumerate([0, label, 1]))
         )
         with pytest.raises(InputError, match="has the label"):
             load_faces(tmp_path / "x.rec")

@@ -27,7 +27,7 @@ from calib_nb.faces.bin_scores import insightface_scores, verify_bin
 from calib_nb.faces.bin_sets import read_bin, write_bin
 from calib_nb.faces.demo import demo_detector, demo_embedder, demo_lfw
 from calib_nb.faces.detectors import FaceDetector
-from calib_nb.faces.embed import Embedder, see_photo
+from calib_nb.faces.embed import Embedder, see_image
 from calib_nb.faces.search import identify
 from calib_nb.faces.templates import (
     TEMPLATE_MODES,
@@ -247,7 +247,7 @@ def test_a_damaged_file_is_a_set_or_one_line(cases, tmp_path, monkeypatch):
 
 def crops_of(folder, pairs, detector, size):
     photos = sorted({*pairs["first"], *pairs["second"]})
-    return {photo: see_photo(detector, folder / photo, [size])[1][size] for photo in photos}
+    return {photo: see_image(detector, folder / photo, [size])[1][size] for photo in photos}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 from calib_nb.cli import main
 from calib_nb.core.errors import ConfigError, ImageError, InputError
 from calib_nb.data.dataset import prepare
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.data.demo_images import graded_images
 from calib_nb.data.images import EXTENSIONS, decode, find_images, passed_over
 from calib_nb.data.preprocess import Preprocess
 from calib_nb.npu.config import COMPILER_EXTENSIONS, CompilerConfig, config_images, generate_config, load_config
@@ -28,7 +28,7 @@ from calib_nb.npu.verify import verify
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "photos"
-    graded_photos(folder, 6)
+    graded_images(folder, 6)
     return folder
 
 

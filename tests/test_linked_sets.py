@@ -12,7 +12,7 @@ import pytest
 from calib_nb.core.errors import ConfigError, InputError
 from calib_nb.core.links import linked_folders
 from calib_nb.data.dataset import prepare
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.data.demo_images import graded_images
 from calib_nb.data.images import find_images
 from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.npu.config import config_images, generate_config
@@ -26,8 +26,8 @@ def config_of(at, preset, side):
 def place(tmp_path_factory):
     """Images, a set of links to eight of them in another folder, a network and what the earlier commands wrote."""
     at = tmp_path_factory.mktemp("links")
-    graded_photos(at / "photos", 12)
-    graded_photos(at / "others", 4, seed=5)
+    graded_images(at / "photos", 12)
+    graded_images(at / "others", 4, seed=5)
     prepare(at / "photos", at / "sets" / "linked", num_samples=8, link="symlink", progress=False)
     prepare(at / "others", at / "held", num_samples=4, link="symlink", progress=False)
     sequential(conv(4, 3), "Relu", linear(2), shape=(1, 3, 8, 8)).save(at / "net.onnx")

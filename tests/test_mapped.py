@@ -26,12 +26,12 @@ from calib_nb.explore.pictures import thumbnails
 from calib_nb.faces.demo import demo_detector, demo_embedder
 from calib_nb.faces.detect import detect_opencv
 from calib_nb.faces.detectors import FaceDetector
-from calib_nb.faces.embed import Embedder, centre_crop, embed_photos
+from calib_nb.faces.embed import Embedder, centre_crop, embed_images
 from calib_nb.faces.vectors import embed_crops
 from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.quant.observe import observe
 from calib_nb.tags.coco import load_coco
-from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.demo_drawings import tagged_images
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def look_for_copies(folder):
 def check_tags(folder):
     tags = folder.parent / "tags"
     if not tags.exists():
-        tagged_photos(tags, 12, size=64)
+        tagged_images(tags, 12, size=64)
     return load_coco(tags / "instances.json", check="decode", progress=False)
 
 
@@ -83,7 +83,7 @@ MAPPED = {  # every place of the package that maps a function, and a call that l
     "explore.pictures.thumbnails": lambda folder: thumbnails(paths_in(folder), progress=False),
     "faces.detect.detect_opencv": lambda folder: detect_opencv(demo_detector(), paths_in(folder), progress=False),
     "faces.detectors.FaceDetector": lambda folder: opened_detector().detect_batch(paths_in(folder), progress=False),
-    "faces.embed._batches": lambda folder: embed_photos(
+    "faces.embed._batches": lambda folder: embed_images(
         opened_detector(),
         folder,
         [p.name for p in paths_in(folder)],

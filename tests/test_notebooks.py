@@ -25,7 +25,7 @@ EXACT = (
     "data/01_images.ipynb",
     "data/02_operations.ipynb",
     "data/03_preprocess.ipynb",
-    "data/04_demo_photos.ipynb",
+    "data/04_demo_images.ipynb",
     "data/05_score.ipynb",
     "data/06_duplicates.ipynb",
     "data/07_bins.ipynb",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from calib_nb.core.errors import InputError
-from calib_nb.data.demo_photos import paint_scene
+from calib_nb.data.demo_images import paint_scene
 from calib_nb.data.images import decode
 from calib_nb.data.preprocess import Preprocess
 from calib_nb.npu.config import generate_config

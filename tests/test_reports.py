@@ -21,7 +21,7 @@ import pytest
 import calib_nb as cn
 from calib_nb.core.errors import CalibError, InputError
 from calib_nb.core.run import sha256_file
-from calib_nb.data.demo_photos import graded_photos
+from calib_nb.data.demo_images import graded_images
 from calib_nb.graph.build import conv, linear, sequential
 from calib_nb.report import list_reports, report_notebook, report_parameters, run_path, run_report
 
@@ -142,7 +142,7 @@ def test_a_calibration_set_is_chosen_and_examined_by_a_models_activations(tmp_pa
         tmp_path / "images",
         sequential(conv(4), "Relu", "GlobalAveragePool", linear(3), shape=(1, 3, 32, 32)),
     )
-    graded_photos(images, 30)
+    graded_images(images, 30)
     model = network.save(tmp_path / "net.onnx")
     config = cn.save_config(cn.generate_config("edgeface", images, model=model), tmp_path / "config.json")
     (tmp_path / "app.py").write_text(f"""

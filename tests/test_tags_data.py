@@ -29,7 +29,7 @@ from calib_nb.tags.coco import (
     tag_table,
 )
 from calib_nb.tags.config import load_train_config
-from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.demo_drawings import tagged_images
 from calib_nb.tags.evaluate import evaluate_tagger, open_tagger, predict_tags
 from calib_nb.tags.task import KINDS, TaggingTask
 from calib_nb.tags.train import training_sets
@@ -66,7 +66,7 @@ def test_a_crowd_is_a_tag_and_an_image_without_any_is_a_row_of_zeros():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return tagged_photos(tmp_path_factory.mktemp("photos") / "set", 24, size=48, seed=5)
+    return tagged_images(tmp_path_factory.mktemp("photos") / "set", 24, size=48, seed=5)
 
 
 def test_a_sound_set_loads_whole_and_the_short_form_is_the_same(photos):
@@ -79,7 +79,7 @@ def test_a_sound_set_loads_whole_and_the_short_form_is_the_same(photos):
 
 
 def test_every_kind_of_damage_is_named_and_counted(tmp_path, caplog):
-    file = tagged_photos(tmp_path / "set", 10, size=48)
+    file = tagged_images(tmp_path / "set", 10, size=48)
     truth, folder = json.loads(file.read_text()), file.parent / "images"
     (folder / "000001.jpg").unlink()
     (folder / "000002.jpg").write_bytes(b"")

@@ -14,7 +14,7 @@ from calib_nb.nets.lsq import prepare_lsq
 from calib_nb.nets.resnet import resnet
 from calib_nb.tags.coco import load_coco
 from calib_nb.tags.config import TrainConfig, load_train_config
-from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.demo_drawings import tagged_images
 from calib_nb.tags.evaluate import evaluate_tagger, open_tagger
 from calib_nb.tags.network import TaggerSpec, save_tagger
 from calib_nb.tags.qat import QatConfig, train_qat
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def files(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("export")
-    tagged_photos(folder / "photos", 24, size=40, classes=3)
+    tagged_images(folder / "photos", 24, size=40, classes=3)
     save_tagger(folder / "float.pth", SPEC, network())
     save_tagger(folder / "lsq.pth", SPEC, prepare_lsq(network(), torch.randn(4, 3, 32, 32)))
     return folder
@@ -115,7 +115,7 @@ def test_the_file_that_differs_is_not_kept(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_of_one_epoch_of_qat_is_exported(tmp_path):
     """What rounding does to a hardly trained network is large, and so is what its integer kernels may differ by."""
-    images = tagged_photos(tmp_path / "images", 48, size=72, classes=3, graded=False)
+    images = tagged_images(tmp_path / "images", 48, size=72, classes=3, graded=False)
     common = {"train": images, "batch": 16, "epochs": 1, "workers": 0, "tensorboard": False}
 
     def config(model=TrainConfig, **more):

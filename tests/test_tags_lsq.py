@@ -15,7 +15,7 @@ from calib_nb.nets.convert import convert_onnx, output_steps, plain_network, rou
 from calib_nb.nets.lsq import LsqQuantizer, initial_step, levels, lsq, prepare_lsq, quantizers
 from calib_nb.nets.resnet import fold_batchnorm, resnet
 from calib_nb.tags.config import load_train_config
-from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.demo_drawings import tagged_images
 from calib_nb.tags.network import load_tagger
 from calib_nb.tags.qat import QatConfig, train_qat
 from calib_nb.tags.train import Trainer, train_tagger
@@ -149,7 +149,7 @@ def test_a_copy_without_quantizers_leaves_the_original_alone():
 def floating(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("qat")
-    photos = tagged_photos(folder / "photos", 80, size=40, classes=3, graded=False)
+    photos = tagged_images(folder / "photos", 80, size=40, classes=3, graded=False)
     recipe = [
         f"{k}={v}"
         for k, v in dict(train=photos, width=8, size=32, batch=16, workers=0, tensorboard=False, val_share=0.3).items()

@@ -19,7 +19,7 @@ from calib_nb.graph.contract import open_session, read_contract
 from calib_nb.graph.export import export_onnx
 from calib_nb.quant.quantize import quantize_static
 from calib_nb.tags.demo import compact_tagger, demo_tagger, make_demo_tagger, train_compact
-from calib_nb.tags.demo_drawings import tagged_photos, tagged_splits
+from calib_nb.tags.demo_drawings import tagged_images, tagged_splits
 from calib_nb.tags.metrics import average_precision, tag_map
 from calib_nb.tags.task import TaggingTask
 
@@ -52,7 +52,7 @@ def test_map_of_nothing_is_nan_and_of_other_shapes_an_error():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return tagged_photos(tmp_path_factory.mktemp("images") / "set", 64, size=32)
+    return tagged_images(tmp_path_factory.mktemp("images") / "set", 64, size=32)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import torch
 from calib_nb.core.errors import CheckFailed, InputError
 from calib_nb.nets.checkpoint import read_checkpoint
 from calib_nb.tags.config import load_train_config
-from calib_nb.tags.demo_drawings import tagged_photos
+from calib_nb.tags.demo_drawings import tagged_images
 from calib_nb.tags.download import Archive, download_coco
 from calib_nb.tags.network import TaggerSpec, build_tagger, load_tagger
 from calib_nb.tags.train import checkpoint_config, resumable, train_tagger
@@ -33,7 +33,7 @@ ENV = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return tagged_photos(tmp_path_factory.mktemp("photos") / "set", 72, size=40, classes=3, seed=9)
+    return tagged_images(tmp_path_factory.mktemp("photos") / "set", 72, size=40, classes=3, seed=9)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

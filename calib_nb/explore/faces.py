@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ready_detectors', 'demo_detectors', 'find_faces', 'drawn_on', 'detector_svg', 'pair_errors', 'worst_pairs',
-           'similarity_plot', 'photo_pairs', 'pairs_svg', 'demo_pairs', 'explore_faces']
+           'similarity_plot', 'image_pairs', 'pairs_svg', 'demo_pairs', 'explore_faces']
 
 # %% ../../nbs/explore/06_faces.ipynb #cell-2
 from collections.abc import Mapping
@@ -144,7 +144,7 @@ def similarity_plot(table: pd.DataFrame, threshold: float) -> Plot:
     return plot
 
 # %% ../../nbs/explore/06_faces.ipynb #cell-17
-def photo_pairs(
+def image_pairs(
     detector: FaceDetector, embedder: str | Path, folder: str | Path, pairs: pd.DataFrame
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Similarities of pairs of photos.
@@ -184,7 +184,7 @@ def demo_pairs(number: int = 40) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     folder = demo_lfw() / "images"
     table = read_pairs(demo_lfw() / "pairsDevTest.txt", folder).table
     some = pd.concat([part.head(number) for _, part in table.groupby("same")]).reset_index(drop=True)
-    return photo_pairs(demo_detectors()["demo YuNet"], demo_embedder(), folder, some)
+    return image_pairs(demo_detectors()["demo YuNet"], demo_embedder(), folder, some)
 
 # %% ../../nbs/explore/06_faces.ipynb #cell-20
 def explore_faces(images: str | Path = "", embedder: str | Path = "", pairs: str | Path = "", models: str | Path = ""):
@@ -210,7 +210,7 @@ def explore_faces(images: str | Path = "", embedder: str | Path = "", pairs: str
         if not str(embedder) or not str(pairs):
             return _explorer()(detectors, files, None, {})
         first = next(iter(detectors.values()))
-        return _explorer()(detectors, files, *photo_pairs(first, embedder, images, read_pairs(pairs, images).table))
+        return _explorer()(detectors, files, *image_pairs(first, embedder, images, read_pairs(pairs, images).table))
 
     return open_explorer("faces", make)
 
@@ -219,12 +219,12 @@ def _explorer() -> type:
     """The class is made here because ipywidgets is loaded where it is used."""
     from ipywidgets import HTML, FloatSlider, HBox, Layout, VBox
 
-    from calib_nb.explore.widgets import Explorer, Figure, PhotoChooser
+    from calib_nb.explore.widgets import Explorer, Figure, ImageChooser
 
     class FaceExplorer(Explorer):
         def __init__(self, detectors, images: dict, pairs, crops):
             self.detectors, self.pairs, self.crops = detectors, pairs, crops
-            self.photo = PhotoChooser(images, label="photo")
+            self.photo = ImageChooser(images, label="photo")
             wide = Layout(width="360px")
             self.score = FloatSlider(0.5, min=0, max=1, step=0.01, description="least score", layout=wide)
             self.figures = {name: Figure(layout=Layout(width="400px")) for name in detectors}

@@ -23,7 +23,7 @@ from ..core.run import atomic_file
 from ..data import sample
 from ..data.bins import assign_bins
 from ..data.dataset import write_set
-from ..data.demo_photos import graded_photos
+from ..data.demo_images import graded_images
 from ..data.duplicates import near_duplicates
 from ..data.images import decode
 from ..data.score import SCORE_METRICS, ScoreConfig, score_folder, scores
@@ -60,7 +60,7 @@ def read_pool(folder: str | Path, *, progress: bool = True) -> ImagePool:
 def graded_demo() -> Path:
     """Folder of 60 synthetic images: twelve scenes, each sound and with a fault in four grades; made once."""
     settings = {"n": 60, "seed": 0}
-    return cached("graded_photos", settings, lambda new: graded_photos(new, **settings), probe="truth.json")
+    return cached("graded_images", settings, lambda new: graded_images(new, **settings), probe="truth.json")
 
 # %% ../../nbs/explore/03_images.ipynb #cell-11
 @dataclass(frozen=True)

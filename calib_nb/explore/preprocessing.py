@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data.demo_photos import paint_scene
+from ..data.demo_images import paint_scene
 from ..data.images import find_images
 from ..data.operations import ConvertColor
 from ..data.preprocess import Preprocess
@@ -200,7 +200,7 @@ def _explorer() -> type:
     """The class is made here because ipywidgets is loaded where it is used."""
     from ipywidgets import HTML, HBox, IntSlider, Layout, ToggleButtons, VBox
 
-    from calib_nb.explore.widgets import Explorer, Figure, PhotoChooser, Table
+    from calib_nb.explore.widgets import Explorer, Figure, ImageChooser, Table
 
     columns = [
         {"key": "step", "label": "step", "left": True},
@@ -212,7 +212,7 @@ def _explorer() -> type:
 
     class PreprocessingExplorer(Explorer):
         def __init__(self, chain: Preprocess, contract, images: dict):
-            self.trained, self.contract, self.photo = chain, contract, PhotoChooser(images)
+            self.trained, self.contract, self.photo = chain, contract, ImageChooser(images)
             orders = [f"as the model ({chain.color})", "red and blue swapped"]
             self.order = ToggleButtons(options=orders, style={"button_width": "auto"})
             last = len(chain.steps)

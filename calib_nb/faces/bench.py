@@ -20,7 +20,7 @@ from ..data.images import contact_sheet, decode
 from .align import align
 from .charts import save_charts
 from .detectors import FaceDetector
-from .embed import Embedded, Embedder, centre_crop, embed_photos
+from .embed import Embedded, Embedder, centre_crop, embed_images
 from .pipelines import detector_hashes, pairs_hash, read_methods, read_networks, run_signature
 from .scores import POLICIES, Bench, pair_metrics, score_pairs, used, worst_errors
 from .verification import Pairs, read_pairs
@@ -231,5 +231,5 @@ def _embed_all(
         signature = run_signature(images, method, networks, flip=options.flip, device=options.device)
         batches |= {"signature": signature, "desc": f"{label} ({k}/{len(methods)})"}
         with run.step(f"see, {label}"):
-            seen[label] = embed_photos(detector, pairs.images, pairs.photos, embedders, journal=journal, **batches)
+            seen[label] = embed_images(detector, pairs.images, pairs.photos, embedders, journal=journal, **batches)
     return seen

@@ -23,7 +23,7 @@ from ..core.parallel import bar_switch
 from ..core.run import atomic_file, sha256_file, versions
 from ..data.images import decode
 from .align import align
-from .demo_drawings import draw_face_photo, draw_styles
+from .demo_drawings import draw_face_image, draw_styles
 from .embed import centre_crop, open_embedder
 from .vectors import embed_crops
 from ..graph.contract import model_digest
@@ -326,7 +326,7 @@ def draw_templates(folder: str | Path, *, people: int = 12, seed: int = 0) -> Pa
             media += kind == 0
             for _ in range(count):
                 photo, media = photo + 1, media + (kind > 0)
-                image, _, landmarks = draw_face_photo(style, rng, size=120)
+                image, _, landmarks = draw_face_image(style, rng, size=120)
                 with atomic_file(folder / "loose_crop" / f"{photo}.jpg", "wb") as f:
                     f.write(cv2.imencode(".jpg", image)[1].tobytes())
                 lines["tid"].append(f"{photo}.jpg {template} {media}")

@@ -24,7 +24,7 @@ from ..data.preprocess import Preprocess, preset
 from ..graph.export import export_onnx
 from ..quant.observe import network_input
 from .coco import load_coco
-from .demo_drawings import tagged_photos, tagged_splits
+from .demo_drawings import tagged_images, tagged_splits
 
 _VERSION = 3  # raise it whenever what is drawn or trained changes
 
@@ -261,7 +261,7 @@ def _train_both(folder: Path, settings: DemoTagging) -> None:
     from calib_nb.tags.train import train_tagger
 
     drawn = {"size": 64, "classes": settings.classes, "graded": False, "seed": 3 * settings.seed}
-    images = tagged_photos(folder / "drawn", settings.train, **drawn)
+    images = tagged_images(folder / "drawn", settings.train, **drawn)
     both = {"train": images, "check": "header", "batch": 32, "jitter": 0.1, "seed": settings.seed}
     both |= {"workers": 0, "tensorboard": "false", "device": "cpu"}
     network = {"width": settings.width, "size": settings.size, "crop": settings.size / 64}
@@ -283,7 +283,7 @@ def _make_checkpoints(folder: Path, settings: DemoTagging) -> None:
     sets = {"calibration": settings.calibration, "scored": settings.scored}
     for k, (name, n) in enumerate(sets.items(), 1):
         drawn = {"size": 64, "classes": settings.classes, "seed": 3 * settings.seed + k}
-        tagged_photos(folder / name, n, graded=name == "calibration", **drawn)
+        tagged_images(folder / name, n, graded=name == "calibration", **drawn)
     with one_thread(), tempfile.TemporaryDirectory(dir=folder) as work:
         _train_both(Path(work), settings)
         for name in ("float", "qat"):

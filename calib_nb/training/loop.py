@@ -27,7 +27,7 @@ from ..nets.processes import Ranks, amp_type, batch_loader, fixed_numerics, proc
 from ..nets.settings import save_settings
 from .samples import FaceBatches, FaceSamples, Variation, to_input
 from .scores import embed_faces, open_network, unit_length, verification_of
-from .sets import FaceSet, load_faces, same_photos
+from .sets import FaceSet, load_faces, same_images
 from .settings import FaceTrainConfig, changed_settings
 from .state import LossScaler, MovingMean, take_head, whole_head
 
@@ -233,7 +233,7 @@ class FaceTraining:
         folder: Where everything was written.
         model: State dict of the network, the moving mean where there is one.
         history: Per epoch: epoch, loss, learning_rate, tar and accuracy (0..1, with `val`), overflows (so far),
-            photos_per_second, seconds.
+            images_per_second, seconds.
     """
 
     folder: Path
@@ -340,7 +340,7 @@ def _resumed(path: Path) -> dict:
 
 
 def _list_duplicates(faces: FaceSet, folder: Path, progress: bool) -> None:
-    twice = same_photos(faces, progress=progress)
+    twice = same_images(faces, progress=progress)
     if len(twice):
         with atomic_file(folder / "duplicates.csv") as f:
             twice.to_csv(f, index=False)
@@ -374,8 +374,8 @@ def _epoch(trainer: FaceTrainer, val: FaceSet | None, folder: Path, progress: bo
         if val is not None:
             row |= _score(trainer, val, folder)
         row |= {"overflows": trainer.scaler.overflows, "seconds": round(seconds, 2)}
-        row["photos_per_second"] = round((batches.steps - first) * config.batch / max(seconds, 1e-9), 1)
-        for name in sorted({"tar", "accuracy", "learning_rate", "photos_per_second"} & set(row)):
+        row["images_per_second"] = round((batches.steps - first) * config.batch / max(seconds, 1e-9), 1)
+        for name in sorted({"tar", "accuracy", "learning_rate", "images_per_second"} & set(row)):
             write(f"epoch/{name}", row[name], row["epoch"])
     trainer.history.append(row)
     trainer.total = 0.0
