@@ -144,7 +144,7 @@ def test_blocks_round_no_worse_than_by_their_largest_weight(seed, rows, columns,
         plain = np.where(np.abs(part).max(0) > 0, np.abs(part).max(0) / 7, 1)
         simple = np.clip(np.rint(part / plain), -8, 7) * plain
         assert (np.square(own - part).sum(0) <= np.square(simple - part).sum(0) * 1.0001 + 1e-9).all()
-    packed, turned = packed_blocks(weight, block)
+    packed, turned = packed_blocks(*block_grid(weight, block), block)
     low, high = packed & 15, packed >> 4
     flat = np.stack([low, high], -1).reshape(columns, -1)[:, :rows].astype(int) - 8
     assert np.array_equal(flat.T, codes) and np.array_equal(turned, scales.T)

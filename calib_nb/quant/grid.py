@@ -175,7 +175,9 @@ def bias_grid(bias: np.ndarray, input_scale: float, scale: np.ndarray) -> tuple[
     return levels.astype(np.int32), np.asarray(product, np.float32), np.zeros(product.shape, np.int32)
 
 # %% ../../nbs/quant/07_grid.ipynb #cell-37
-def least_error_scale(values: np.ndarray, scale: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+def least_error_scale(
+    values: np.ndarray, scale: np.ndarray, lowest: int, highest: int, costs: np.ndarray | float = 1.0
+) -> np.ndarray:
     """The scale, up to one that clips nothing, whose rounding error is least.
 
     Args:
@@ -183,6 +185,7 @@ def least_error_scale(values: np.ndarray, scale: np.ndarray, lowest: int, highes
         scale: A scale that clips nothing; it broadcasts with the values, and the error is summed where its size is 1.
         lowest: Lowest code.
         highest: Highest code.
+        costs: What a squared error of each value counts; it broadcasts with the values.
 
     Returns:
         The scale, of the same shape: the best of 35 shares of it, from 1 to 0.15.
@@ -191,7 +194,7 @@ def least_error_scale(values: np.ndarray, scale: np.ndarray, lowest: int, highes
     best, least = scale, None
     for share in np.linspace(1, 0.15, 35):
         step = scale * scale.dtype.type(share)
-        error = np.square(np.clip(np.rint(values / step), lowest, highest) * step - values)
+        error = costs * np.square(np.clip(np.rint(values / step), lowest, highest) * step - values)
         error = error.sum(others, keepdims=scale.ndim > 0)
         least = error if least is None else least
         best, least = np.where(error < least, step, best), np.minimum(error, least)
