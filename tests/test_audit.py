@@ -97,6 +97,17 @@ def test_equal_frames_give_few_pairs_for_each():
     assert 34 <= len(table) <= 35 * 2 * 8 and set(table.left) | set(table.right) == set(range(35))
 
 
+def test_blocks_and_threads_change_nothing(monkeypatch):
+    views, image = copy_views([*SCENES, *(jpeg(x[:, ::-1], 70) for x in SCENES), *(x[12:, 16:] for x in SCENES)])
+    there = copies.near_views(views, views, image, image, workers=1)
+    assert len(there) >= 4 * len(SCENES)
+    for tile, workers in (((5, 3), 3), ((2, 64), 2)):
+        monkeypatch.setattr(copies, "_TILE", tile)
+        rows = copies.near_views(views, views, image, image, workers=workers)
+        assert np.array_equal(rows[:, [0, 1, 3]], there[:, [0, 1, 3]]) and np.allclose(rows, there, atol=1e-6)
+    assert copies.near_views(views[:0], views, image[:0], image).shape == (0, 4)
+
+
 def test_views_without_detail_agree_with_nothing():
     plain = image_views(np.full((50, 60, 3), 90, np.uint8))[0]
     assert agreement(plain, plain) == 0 and not low_frequencies(plain[None]).any()

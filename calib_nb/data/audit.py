@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -33,7 +33,7 @@ from calib_nb.data.images import (
     find_images,
     name_counts,
     passed_over,
-    probe,
+    probe_bytes,
     read_image_bytes,
 )
 
@@ -112,8 +112,8 @@ def picture_faults(bgr: np.ndarray, input_size: tuple[int, int] | None = None) -
     spread = cv2.meanStdDev(gray)[1][0, 0]
     if spread < _BLANK:
         return {"blank": f"gray levels vary by {spread:.1f} of 255"}
-    grid = np.int16(cv2.resize(bgr, (min(width, 64), min(height, 64)), interpolation=cv2.INTER_NEAREST))
-    if np.ptp(grid, axis=2).max() <= _GRAY:
+    channels = cv2.split(cv2.resize(bgr, (min(width, 64), min(height, 64)), interpolation=cv2.INTER_NEAREST))
+    if (reduce(cv2.max, channels) - reduce(cv2.min, channels)).max() <= _GRAY:
         faults["gray"] = "no colour"
     top, bottom, left, right = frame_sides(gray)
     if min(top, bottom) > _FRAME * height or min(left, right) > _FRAME * width:
@@ -154,7 +154,7 @@ def look_at_file(root: str | Path, input_size: tuple[int, int] | None, path: str
         if kind and ending not in _ENDINGS.get(kind, ()):
             facts["faults"]["mislabelled"] = f"{ending} holds {kind}"
         bgr = decode_bytes(data, path)
-        facts["faults"] |= _header_faults(Path(root, path)) | picture_faults(bgr, input_size)
+        facts["faults"] |= _header_faults(path, data) | picture_faults(bgr, input_size)
         return facts | {"width": bgr.shape[1], "height": bgr.shape[0], "views": image_views(bgr).tobytes()}
     except ImageError as e:
         facts["faults"]["corrupt"] = e.reason
@@ -163,8 +163,8 @@ def look_at_file(root: str | Path, input_size: tuple[int, int] | None, path: str
     return facts
 
 
-def _header_faults(path: Path) -> dict[str, str]:
-    info, faults = probe(path), {}
+def _header_faults(path: str, data: bytes) -> dict[str, str]:
+    info, faults = probe_bytes(data, path), {}
     if info.orientation > 1:
         faults["rotated"] = f"EXIF orientation {info.orientation}: who ignores it sees it turned or mirrored"
     if info.channels in (2, 4) and info.format in ("PNG", "WEBP", "TIFF"):

@@ -10,7 +10,7 @@ __all__ = ['VIEW_SIDE', 'WINDOWS', 'COARSE', 'NEAR', 'MOST_NEAR', 'AGREEMENT', '
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import cv2
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import ImageError
-from ..core.parallel import bar_switch, parallel_map
+from ..core.parallel import bar_switch, cpu_count, parallel_map
 from ..core.remote import join, reading
 from ..core.rows import new_rows, release
 from .images import decode
@@ -31,10 +31,11 @@ _THIN = 0.03  # of a side: less at both ends together is no frame
 
 def _frame_rows(rows: np.ndarray) -> int:
     """How many rows from the first on are plain and of its gray."""
-    first = float(rows[0].mean())
+    first = None
     for k, row in enumerate(rows):
-        mean, spread = cv2.meanStdDev(np.ascontiguousarray(row))
-        if spread[0, 0] > _FLAT or abs(mean[0, 0] - first) > _FLAT:
+        (mean,), (spread,) = (value[0] for value in cv2.meanStdDev(np.ascontiguousarray(row)))
+        first = mean if first is None else first
+        if spread > _FLAT or abs(mean - first) > _FLAT:
             return k
     return len(rows)
 
@@ -133,7 +134,7 @@ NEAR = 0.7  # least product with the best window; COCO: copies from 0.75 on, 1 o
 MOST_NEAR = 8  # pairs that are looked at for a view
 _UPRIGHT = tuple(WINDOWS.index(w) for w in WINDOWS if w[0] == w[1] or _ENDS[1] not in w)  # whole, middle, corners
 _MIRRORED = tuple(WINDOWS.index(w) for w in (WINDOWS[0], (_ENDS[1], _ENDS[1])))  # whole, middle
-_TILE, _MOST_COARSE = (512, 1024), 64  # products that fit a cache
+_TILE, _MOST_COARSE = (256, 512), 64  # products that fit a cache
 _MOST_ROWS, _MAPPED = 300_000, 16e6  # pairs that wait for a choice; bytes beyond which descriptions lie in a file
 
 
@@ -145,20 +146,33 @@ def _nearest(rows: np.ndarray) -> np.ndarray:
     return rows[np.arange(len(rows)) - begins < MOST_NEAR]
 
 
-def _tiles(wholes: np.ndarray, parts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows and columns of the pairs that are coarsely near, tile by tile."""
-    for left in range(0, len(parts), _TILE[1]):
-        columns = np.float32(parts[left : left + _TILE[1]]).T
-        for top in range(0, len(wholes), _TILE[0]):
-            products = wholes[top : top + _TILE[0]] @ columns
-            near = np.flatnonzero(products > COARSE)
-            if len(near) > _MOST_COARSE * len(products):
-                best = np.argpartition(-products, _MOST_COARSE, axis=1)[:, :_MOST_COARSE]
-                near = (best + products.shape[1] * np.arange(len(products))[:, None]).ravel()
-            if len(near):
-                row, column = np.divmod(near, products.shape[1])
-                yield row + top, column + left
-        release(parts)
+def _tiles(wholes: np.ndarray, parts: np.ndarray, chosen: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows and columns of the pairs that are coarsely near in one of some windows, tile by tile."""
+    columns = [np.ascontiguousarray(parts[:, window].T) for window in chosen]
+    for top in range(0, len(wholes), _TILE[0]):
+        rows = np.ascontiguousarray(wholes[top : top + _TILE[0]])
+        # NumPy's product starts threads of its own in each of ours, which wait for one another; OpenCV's does not.
+        products = reduce(cv2.max, (cv2.gemm(rows, others, 1, None, 0) for others in columns))
+        near = np.flatnonzero(products > COARSE)
+        if len(near) > _MOST_COARSE * len(products):
+            best = np.argpartition(-products, _MOST_COARSE, axis=1)[:, :_MOST_COARSE]
+            near = (best + products.shape[1] * np.arange(len(products))[:, None]).ravel()
+        row, column = np.divmod(near, products.shape[1])
+        for some in np.array_split(np.arange(len(near)), len(near) // 4096 + 1):
+            yield row[some] + top, column[some]
+
+
+def _block_pairs(wholes: Sequence[np.ndarray], windows: np.ndarray, images: Sequence[np.ndarray], left: int):
+    """The nearest pairs of all queries, upright and mirrored, with one block of views."""
+    parts, pairs = np.float32(windows[left : left + _TILE[1]]), [np.empty((0, 4))]
+    for mirrored, chosen in enumerate((_UPRIGHT, _MIRRORED)):
+        for query, view in _tiles(wholes[mirrored], parts, chosen):
+            products = np.einsum("pd,pwd->pw", wholes[mirrored][query], parts[view])
+            rows = np.column_stack([query, view + left, products.max(1), 2 * products.argmax(1) + mirrored])
+            pairs.append(rows[(rows[:, 2] > NEAR) & (images[0][query] != images[1][view + left])])
+        release(wholes[mirrored])
+    release(windows)
+    return _nearest(np.concatenate(pairs))
 
 
 def _described(views: np.ndarray, windows: Sequence[int], dtype, mirrored: bool = False) -> np.ndarray:
@@ -173,7 +187,13 @@ def _described(views: np.ndarray, windows: Sequence[int], dtype, mirrored: bool 
 
 
 def near_views(
-    queries: np.ndarray, views: np.ndarray, query_image: np.ndarray, view_image: np.ndarray, *, show=iter
+    queries: np.ndarray,
+    views: np.ndarray,
+    query_image: np.ndarray,
+    view_image: np.ndarray,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Pairs of views that may be copies: a whole query and a window of a view.
 
@@ -182,25 +202,27 @@ def near_views(
         views: uint8 [V, 64, 64].
         query_image: Number of the image of each query; pairs of one number are left out.
         view_image: The same for the views.
-        show: Wraps the list of passes, for a bar.
+        workers: Threads; default all cores.
+        progress: Whether to show a bar.
 
     Returns:
         float64 [P, 4]: query, view, product, and 2 * window + (1 where the query is mirrored).
     """
+    from tqdm.auto import tqdm
+
     windows = _described(views, range(len(WINDOWS)), np.float16)
-    both, pairs, size = [_described(queries, [0], np.float32, bool(m))[:, 0] for m in (0, 1)], [np.empty((0, 4))], 0
-    for mirrored, window in show([*((0, w) for w in _UPRIGHT), *((1, w) for w in _MIRRORED)]):
-        wholes = both[mirrored]
-        for query, view in _tiles(wholes, windows[:, window]):
-            for some in np.array_split(np.arange(len(query)), len(query) // 4096 + 1):
-                ends = query[some], view[some]
-                products = np.einsum("pd,pwd->pw", wholes[ends[0]], np.float32(windows[ends[1]]))
-                best = products.argmax(1)
-                rows = np.column_stack([*ends, products.max(1), 2 * best + mirrored])
-                pairs.append(rows[(rows[:, 2] > NEAR) & (query_image[ends[0]] != view_image[ends[1]])])
-                size += len(pairs[-1])
-            if size > _MOST_ROWS:
-                pairs, size = [_nearest(np.concatenate(pairs))], 0
+    wholes = [_described(queries, [0], np.float32, bool(mirrored))[:, 0] for mirrored in (0, 1)]
+    search, pairs, size = partial(_block_pairs, wholes, windows, (query_image, view_image)), [np.empty((0, 4))], 0
+    pool = ThreadPoolExecutor(workers or cpu_count())
+    with tqdm(desc="search", unit="image", total=len(views), **bar_switch(progress)) as bar:
+        try:
+            for rows in pool.map(search, range(0, len(views), _TILE[1])):
+                pairs, size = [*pairs, rows], size + len(rows)
+                bar.update(min(_TILE[1], len(views) - bar.n))
+                if size > _MOST_ROWS:
+                    pairs, size = [_nearest(np.concatenate(pairs))], 0
+        finally:
+            pool.shutdown(cancel_futures=True)
     return _nearest(np.concatenate(pairs))
 
 # %% ../../nbs/data/10_copies.ipynb #cell-20
@@ -302,7 +324,7 @@ def find_copies(
         right: Views of the other set; None searches within the one.
         right_image: Number of the image of each of them, counted from 0 again.
         least: Least `agreement` of a copy.
-        workers: Threads of the alignment.
+        workers: Threads; default all cores.
         progress: Whether to show bars.
 
     Returns:
@@ -316,13 +338,12 @@ def find_copies(
         right, right_image, other_image = left, left_image, left_image
     else:
         other_image = right_image + left_image.max(initial=-1) + 1
-    switch = bar_switch(progress)
-    show = partial(tqdm, desc="search", unit="pass", **switch)
-    rows = []
+    switch, rows = bar_switch(progress), []
     for turned in (False,) if within else (False, True):
         sides = ((right, other_image), (left, left_image)) if turned else ((left, left_image), (right, other_image))
         (queries, query_image), (views, view_image) = sides
-        pairs = _finely_near(near_views(queries, views, query_image, view_image, show=show), queries, views)
+        pairs = near_views(queries, views, query_image, view_image, workers=workers, progress=progress)
+        pairs = _finely_near(pairs, queries, views)
         values, agree = [], partial(_agreement_of, queries, views)
         with ThreadPoolExecutor(workers) as pool, tqdm(desc="align", unit="pair", total=len(pairs), **switch) as bar:
             for at in range(0, len(pairs), 4096):
@@ -342,7 +363,7 @@ def find_copies(
     table = table.drop_duplicates(["left", "right"]).reset_index(drop=True)
     return table[["left", "right", "agreement", "mirrored", "part"]]
 
-# %% ../../nbs/data/10_copies.ipynb #shared
+# %% ../../nbs/data/10_copies.ipynb #cell-30
 def shared_pictures(
     ours: tuple[str | Path, Sequence[str]],
     theirs: tuple[str | Path, Sequence[str]],

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER_PICTURES', 'MOST_SCANS', 'LONGEST_SIDE', 'find_images', 'passed_over', 'name_counts',
-           'read_image_bytes', 'ImageInfo', 'probe', 'decode', 'decode_bytes', 'encode_png', 'contact_sheet']
+           'read_image_bytes', 'ImageInfo', 'probe', 'probe_bytes', 'decode', 'decode_bytes', 'encode_png',
+           'contact_sheet']
 
 # %% ../../nbs/data/01_images.ipynb #cell-2
 import contextlib
@@ -221,8 +222,23 @@ def probe(path: str | Path) -> ImageInfo:
 
     Source: Pillow; EXIF 2.32, tag 0x0112.
     """
-    data = read_image_bytes(path)
-    with _opened(path, data) as image:
+    return probe_bytes(read_image_bytes(path), path)
+
+
+def probe_bytes(data: bytes, name: str | Path) -> ImageInfo:
+    """Read the header in the bytes of an image file; `name` is what errors call it.
+
+    Args:
+        data: All bytes of the image file.
+        name: Its path, or where it stands.
+
+    Returns:
+        As of `probe`.
+
+    Raises:
+        ImageError: As of `probe`.
+    """
+    with _opened(name, data) as image:
         orientation, size = _orientation(image), image.size
         if orientation >= 5 and image.format != "TIFF":  # Pillow has turned a TIFF's size already
             size = size[::-1]
