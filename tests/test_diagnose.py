@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -22,9 +23,11 @@ from calib_nb.graph import build
 from calib_nb.graph.fixed import fix_batch
 from calib_nb.graph.model import load_graph
 from calib_nb.graph.simplify import simplify
+from calib_nb.quant.blocks import quantize_weights_only
 from calib_nb.quant.equalize import equalize
 from calib_nb.quant.quantize import quantize_static
 from calib_nb.quant.recipe import auto
+from calib_nb.quant.target import PROFILES
 
 quantization = pytest.importorskip("onnxruntime.quantization")
 
@@ -376,3 +379,30 @@ def test_yunet(writer, real_data, tmp_path):
         not diagnosis.unmatched and len(diagnosis.table) >= 60 and (diagnosis.table.weight_sqnr_db.dropna() > 25).all()
     )
     assert (diagnosis.table.own_db[diagnosis.table.op == "Conv"] > 20).all()
+
+
+def test_weights_of_four_bits_are_called_so(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {"k": rng.normal(0, 0.2, (4, 3, 3, 3)), "w": rng.normal(0, 0.1, (36, 5))}
+    text = "c = Conv (input, k); f = Flatten (c); output = MatMul (f, w)"
+    weights["w"] *= np.exp(rng.normal(0, 2, weights["w"].shape))
+    model = build.network(text, inputs={"input": (1, 3, 5, 5)}, outputs=("output",), **weights).save(
+        tmp_path / "m.onnx"
+    )
+    images = list(rng.integers(0, 256, (6, 5, 5, 3)).astype(np.uint8))
+
+    def small_chain(bgr):
+        return (bgr.transpose(2, 0, 1)[None] / 128 - 1).astype(np.float32)
+
+    settings = {"profile": replace(PROFILES["ort-cpu"], weight_bits=4), "progress": False}
+    four = quantize_static(model, images, small_chain, tmp_path / "4.onnx", **settings).path
+    alone = quantize_weights_only(model, tmp_path / "w.onnx").path
+    strict = Thresholds(warning_db=40, critical_db=30)
+    for file, step in ((four, "8 bits instead of 4 (--weight-bits 8)"), (alone, "(quantize-weights --config)")):
+        table = diagnose_model(model, file, images, small_chain, progress=False, thresholds=strict).table
+        coarse = table[table.weight_bits == 4]
+        assert len(coarse) == 1 and table.weight_bits[table.op == "Conv"].tolist() == [8]
+        assert step in coarse.next_step.iloc[0] and "per channel already" not in coarse.next_step.iloc[0]
+    packed = quantize_weights_only(model, tmp_path / "p.onnx", format="matmulnbits").path
+    with pytest.raises(ModelError, match="in MatMulNBits.*--format qdq"):
+        diagnose_model(model, packed, images, small_chain, progress=False)

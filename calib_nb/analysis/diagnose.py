@@ -71,9 +71,16 @@ def _for_weights(row: pd.Series, thresholds: Thresholds) -> str:
     """The next step where the weights are too coarse."""
     where = " for its smaller channels" if row.uneven >= thresholds.uneven else ""
     where = f" ({row.weight_sqnr_db:.1f} dB)" if row.weight_sqnr_db < 25 else where
-    step = "equalize (--method auto), or a target with a scale per channel (--profile)"
-    kept = f"one scale per channel already, so {_keep(row)}"
-    return f"its weights are too coarse{where}: {kept if row.weight_per_channel else step}"
+    if row.get("weight_bits", 8) < 8:
+        more = "give them 8 bits instead of 4 (--weight-bits 8)"
+        step = (
+            f"{more if row.get('int8', True) else 'round them by images (quantize-weights --config)'}, or {_keep(row)}"
+        )
+    elif row.weight_per_channel:
+        step = f"one scale per channel already, so {_keep(row)}"
+    else:
+        step = "equalize (--method auto), or a target with a scale per channel (--profile)"
+    return f"its weights are too coarse{where}: {step}"
 
 
 def next_step(row: pd.Series, upstream: pd.Series | None, thresholds: Thresholds, method: str = "") -> str:

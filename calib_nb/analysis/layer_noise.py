@@ -295,6 +295,7 @@ class _Row:
         row["cosine_alone"], row["sqnr_alone_db"] = self.alone.result()
         row |= {"channel_sqnr_db": self.alone.channel_db(), "weight_sqnr_db": self.weight_db(matched)}
         row |= {"weight_per_channel": u.weight_per_channel if u.weight else None}
+        row |= {"weight_bits": u.weight_bits if u.weight else np.nan}
         row |= self.codes.result() if self.codes else blank
         return row | {"uneven": self.uneven, "rescaled": self.factor is not None, "cause": self.cause()}
 
@@ -331,9 +332,10 @@ def measure_layers(
     Returns:
         A row per unit, in the network's order. Columns: node, op, output, macs_share (0 to 1), int8; cosine and sqnr_db
         of the output in the whole INT8 file, cosine_alone and sqnr_alone_db of the unit alone; channel_sqnr_db alone in
-        the median channel; weight_sqnr_db and weight_per_channel; of the output's Q its scale, clipped_share, range_use
-        (lowest to highest value) and bulk_use (the middle 99.9 % of values) as shares of its range; uneven (largest
-        over median channel), rescaled (compared without factors), cause (clipping, rounding, weights or constants).
+        the median channel; weight_sqnr_db, weight_per_channel (or in blocks) and weight_bits; of the output's Q its
+        scale, clipped_share, range_use (lowest to highest value) and bulk_use (the middle 99.9 % of values) as shares
+        of its range; uneven (largest over median channel), rescaled (compared without factors), cause (clipping,
+        rounding, weights or constants).
     """
     units = [u for u in matched.units if u.computes]
     masks = {"Softmax", "MaxPool"}  # what a mask hides from these does not count

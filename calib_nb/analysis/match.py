@@ -59,7 +59,10 @@ def load_qdq(path: str | Path) -> Graph:
     if not contract.quantized:
         expected = "an INT8 one, with QuantizeLinear and DequantizeLinear"
         fix = "quantize it first, or give the two files the other way round"
-        raise ModelError(f"{path} is a float model", expected=expected, fix=fix)
+        what = f"{path} is a float model"
+        if any(n.op_type == "MatMulNBits" for n in onnx.load(path, load_external_data=False).graph.node):
+            what, fix = f"{path} has its weights in MatMulNBits", "write it by quantize-weights --format qdq"
+        raise ModelError(what, expected=expected, fix=fix)
     single_input(contract)
     open_session(path)  # names a file that cannot run, such as ONNX Runtime's with a scale per channel below opset 13
     model = onnx.load(path)
@@ -180,7 +183,8 @@ class Unit:
         int8: Whether it is computed in INT8.
         macs_share: Its share of the multiply-accumulates, 0 to 1.
         weight: Names of its weights in the float and in the INT8 file.
-        weight_per_channel: Whether the INT8 file has a scale per channel of them.
+        weight_per_channel: Whether the INT8 file has several scales of them: per channel, or in blocks.
+        weight_bits: Bits of them in the INT8 file.
         tail: Nodes that the INT8 file leaves to the Q's range.
     """
 
@@ -195,6 +199,7 @@ class Unit:
     macs_share: float = 0.0
     weight: tuple[str, str] | None = None
     weight_per_channel: bool = False
+    weight_bits: int = 8
     tail: tuple = ()
 
     @property
@@ -246,6 +251,9 @@ def _forms(path: str | Path) -> Iterator[Graph]:
         yield _basic(path)
 
 # %% ../../nbs/analysis/02_match.ipynb #cell-21
+_FOUR_BITS = (21, 22)  # ONNX's numbers of uint4 and int4
+
+
 class _Matcher:
     """One form of the float model against the INT8 file, as `written` and with its constants `folded`."""
 
@@ -273,11 +281,14 @@ class _Matcher:
         deeper = [self.reach(i, reads, steps - 1) for i in node.input if i and i not in self.folded.constants]
         return set().union(*(names for names, _ in deeper)), [*(n for _, nodes in deeper for n in nodes), node]
 
-    def per_channel(self, weight: str) -> bool:
-        """Whether the DQ of a weight has more than one scale."""
+    def weight_facts(self, weight: str) -> dict[str, object]:
+        """Whether the DQ of a weight has more than one scale, and the bits of its codes."""
         dq = self.written.producer(weight)
-        scale = self.written.constants.get(dq.input[1]) if dq is not None and dq.op_type == "DequantizeLinear" else None
-        return scale is not None and int(np.prod(scale.dims)) > 1
+        if dq is None or dq.op_type != "DequantizeLinear":
+            return {}
+        codes, scale = (self.written.constants.get(name) for name in dq.input[:2])
+        facts = {"weight_per_channel": scale is not None and int(np.prod(scale.dims)) > 1}
+        return facts if codes is None else facts | {"weight_bits": 4 if codes.data_type in _FOUR_BITS else 8}
 
     def bare_unit(self, run: list, tensor: str) -> Unit:
         """The float side of a unit."""
@@ -304,7 +315,7 @@ class _Matcher:
         if head.output[0] not in self.weights or not same:
             return unit
         weight = (self.weights[head.output[0]], same[0].input[1])
-        return replace(unit, weight=weight, weight_per_channel=self.per_channel(weight[1]))
+        return replace(unit, weight=weight, **self.weight_facts(weight[1]))
 
     def units(self) -> list[Unit]:
         """Every unit of the float form, the input first."""
