@@ -1,6 +1,7 @@
 """Hardened float files and range files, judged by NumPy and by ONNX Runtime's own quantizer."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calib_nb.commands.quant import app
+from calib_nb.core.errors import InputError
 from calib_nb.graph.build import conv, depthwise, linear, network, sequential
 from calib_nb.graph.layers import get_weight, layers, set_weight
 from calib_nb.graph.model import load_graph, run
@@ -24,6 +26,7 @@ from calib_nb.quant.range_search import range_variants
 from calib_nb.quant.ranges import RANGE_METHODS, ranges
 from calib_nb.quant.sensitivity import noise_ratio, noise_shares, outputs_of
 from calib_nb.quant.target import profile
+from calib_nb.quant.write import wide_tensors, write_qdq
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (10, 6, 6, 3)).astype(np.uint8))
 TESTS = list(np.random.default_rng(1).integers(0, 256, (5, 6, 6, 3)).astype(np.uint8))
@@ -170,3 +173,30 @@ def test_mistakes_on_the_command_line_are_one_error(line, text, tmp_path, monkey
     result = CliRunner().invoke(app, line.split())
     assert result.exception.exit_code == 2 and text in str(result.exception)
     assert not (tmp_path / "h.onnx").exists() and not (tmp_path / "o").exists()
+
+
+def test_ranges_have_the_bits_of_a_file(tmp_path):
+    given = sequential(conv(4), "Relu", conv(4), "Sigmoid", "Flatten", linear(3), shape=(1, 3, 6, 6))
+    model, target = given.save(tmp_path / "m.onnx"), profile("qnn-htp")
+    simple = plain_graph(given, replace(target, weight_bits=4))
+    table = range_table(simple, ranges(observe(simple, IMAGES, preprocess, progress=False), "minmax"))
+    second = [n.name for n in simple.nodes if n.op_type == "Conv"][1]
+    written = write_qdq(simple, table, target, wide_nodes=[second])
+    int8, wide = written.save(tmp_path / "q.onnx"), set(wide_tensors(written))
+    settings = {"format": "qnn", "profile": target, "int8": int8, "progress": False}
+    handed = write_ranges(model, IMAGES, preprocess, tmp_path / "a.json", **settings)
+    encodings = json.loads(handed.path.read_text())
+    bits = {name: entries[0]["bitwidth"] for name, entries in encodings["activation_encodings"].items()}
+    assert wide and set(bits.values()) == {8, 16} and all((bits[name] == 16) == (name in wide) for name in bits)
+    scales = {n.input[0]: written.constant(n.input[1]) for n in written.nodes if n.op_type == "QuantizeLinear"}
+    for row in handed.table[handed.table.kind == "activation"].itertuples():
+        if row.tensor in scales:
+            assert scales[row.tensor] == pytest.approx(row.scale, rel=1e-6)
+    assert handed.missing.why.str.contains("does not quantize it").all() and set(handed.missing.tensor) == {"y"}
+    four = write_qdq(simple, table, replace(target, weight_bits=4)).save(tmp_path / "4.onnx")
+    blocks = write_ranges(model, IMAGES, preprocess, tmp_path / "c.json", **settings | {"int8": four})
+    assert blocks.missing.why.str.contains("scale for each block").sum() == 1
+    assert set(blocks.table[blocks.table.kind == "weight"].bits) == {8}
+    for wrong in (model, tmp_path / "nowhere.onnx"):
+        with pytest.raises(InputError, match="QuantizeLinear|cannot be read"):
+            write_ranges(model, IMAGES, preprocess, tmp_path / "d.json", **settings | {"int8": wrong})

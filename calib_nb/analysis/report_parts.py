@@ -111,6 +111,16 @@ def chain_words(chain: Preprocess) -> str:
     return "; ".join(words)
 
 # %% ../../nbs/analysis/09_report_parts.ipynb #cell-15
+def _other_widths(int8: QuantizedModel) -> str:
+    """How much of a file has other bits than 8, in words; "" for nothing."""
+    import onnx
+
+    weights = onnx.load(str(int8.path)).graph.initializer
+    four = sum(t.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4) for t in weights)
+    wide = f", {counted(int8.wide_tensors, 'tensor')} in 16 bits" if int8.wide_tensors else ""
+    return wide + (f", the weights of {counted(four, 'product')} in 4 bits" if four else "")
+
+
 def model_facts(model: str | Path, int8: QuantizedModel, chain: Preprocess) -> dict[str, str]:
     """What a float model and its INT8 file are, in words.
 
@@ -132,12 +142,13 @@ def model_facts(model: str | Path, int8: QuantizedModel, chain: Preprocess) -> d
         per = "channel" if target.weight_per_channel else "tensor"
         (low, high), (least, most) = target.weight_levels, target.activation_levels
         target_words += f": weights per {per} in {low} to {high}, activations per tensor in {least} to {most}"
+    others = _other_widths(int8)
     return {
         "float model": f"{Path(model).name}: {parts}, opset {contract.opset}",
         "input": f"{source.name}: {' x '.join(map(str, source.shape))}, {source.dtype}",
         "preprocessing": chain_words(chain),
         "target": target_words,
-        "in INT8": f"{int8.int8_share:.1%} of the multiply-accumulates; {kept}",
+        "in integers" if others else "in INT8": f"{int8.int8_share:.1%} of the multiply-accumulates{others}; {kept}",
         "INT8 model": f"{int8.path.name}: {int8.size_mb:.3g} MB, "
         f"{int8.size_mb / int8.float_size_mb:.0%} of the float file",
     }

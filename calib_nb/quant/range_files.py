@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RANGE_COLUMNS', 'AIMET_VERSIONS', 'RANGE_FORMATS', 'grid_table', 'aimet_text', 'qnn_text', 'tensorrt_text',
-           'ort_text', 'csv_text', 'read_ort_overrides', 'RangeFile', 'write_ranges']
+           'ort_text', 'csv_text', 'read_ort_overrides', 'RangeFile', 'RangeOptions', 'file_bits', 'write_ranges']
 
 # %% ../../nbs/quant/23_range_files.ipynb #cell-2
 import json
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +18,31 @@ import pandas as pd
 
 from ..core.errors import InputError, require_known
 from ..core.run import atomic_file
-from ..graph.layers import layers
+from ..graph.layers import aliases, layers
 from ..graph.model import Graph, load_graph, run
 from .grid import activation_grid
 from .observe import network_input
-from .quantize import observe_graph, plain_graph, range_table, tensor_names
+from .quantize import observe_graph, plain_graph, range_table, tensor_names, with_settings
 from .ranges import RANGE_METHODS, ranges
 from .target import Profile
 from .target import profile as find_profile
 from .weights import weight_scale
+from .write import wide_tensors
 
 # %% ../../nbs/quant/23_range_files.ipynb #cell-9
-RANGE_COLUMNS = ["kind", "tensor", "axis", "channel", "low", "high", "scale", "zero_point"]
+RANGE_COLUMNS = ["kind", "tensor", "axis", "channel", "low", "high", "scale", "zero_point", "bits"]
 
 
-def grid_table(graph: Graph, table: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+def grid_table(
+    graph: Graph, table: pd.DataFrame, profile: Profile, bits: Mapping[str, int] | None = None
+) -> pd.DataFrame:
     """Ranges, scales and zero points of the activations and weights of a graph.
 
     Args:
         graph: A simplified float graph.
         table: Columns low and high per tensor.
-        profile: The target.
+        profile: The target; with 4-bit weights those of a Conv have 8, and those of products, in blocks, no row.
+        bits: Bits of single activations, by tensor, where they differ from the target's.
 
     Returns:
         Columns RANGE_COLUMNS: kind is "activation" or "weight"; axis and channel are -1 for one scale per tensor.
@@ -47,17 +51,20 @@ def grid_table(graph: Graph, table: pd.DataFrame, profile: Profile) -> pd.DataFr
     rows = []
     for tensor, low, high in zip(table.index, table.low.astype(float), table.high.astype(float)):
         if np.isfinite([low, high]).all() and low <= high:
-            scale, zero = (value.item() for value in activation_grid(low, high, profile))
-            bottom, top = profile.activation_levels
-            rows.append(("activation", tensor, -1, -1, (bottom - zero) * scale, (top - zero) * scale, scale, zero))
-    for layer in layers(graph):
+            own = replace(profile, activation_bits=(bits or {}).get(tensor, profile.activation_bits))
+            scale, zero = (value.item() for value in activation_grid(low, high, own))
+            ends = ((level - zero) * scale for level in own.activation_levels)
+            rows.append(("activation", tensor, -1, -1, *ends, scale, zero, own.activation_bits))
+    blocked = profile.weight_bits == 4
+    profile = replace(profile, weight_bits=8) if blocked else profile
+    for layer in (layer for layer in layers(graph) if not (blocked and layer.op in _IN_BLOCKS)):
         weight, axis = graph.constant(layer.weight), layer.axis if profile.weight_per_channel else None
         scales, zeros = weight_scale(weight, axis, symmetric=profile.weight_symmetric, bits=profile.weight_bits)
         bottom, top = profile.weight_levels
         for channel, (scale, zero) in enumerate(zip(scales.ravel().tolist(), zeros.ravel().tolist())):
             place = (-1, -1) if axis is None else (axis, channel)
             ends = (bottom - zero) * scale, (top - zero) * scale
-            rows.append(("weight", layer.weight, *place, *ends, scale, zero))
+            rows.append(("weight", layer.weight, *place, *ends, scale, zero, profile.weight_bits))
     return pd.DataFrame(rows, columns=RANGE_COLUMNS).drop_duplicates(ignore_index=True)
 
 # %% ../../nbs/quant/23_range_files.ipynb #cell-13
@@ -68,18 +75,14 @@ def _signed(row, profile: Profile) -> bool:
     return row.kind == "weight" or profile.activation_signed
 
 
-def _bits(row, profile: Profile) -> int:
-    return profile.weight_bits if row.kind == "weight" else profile.activation_bits
-
-
 def _type(row, profile: Profile) -> str:
     """The integer type of a row's codes, as NumPy and ONNX call it."""
-    return f"{'' if _signed(row, profile) else 'u'}int{_bits(row, profile)}"
+    return f"{'' if _signed(row, profile) else 'u'}int{row.bits}"
 
 
 def _offset(row, profile: Profile) -> int:
     """AIMET's and QNN's offset: the lowest level, counted from the one that means zero; never above 0."""
-    return -int(row.zero_point) - (2 ** (_bits(row, profile) - 1) if _signed(row, profile) else 0)
+    return -int(row.zero_point) - (2 ** (row.bits - 1) if _signed(row, profile) else 0)
 
 
 def _symmetric(row, profile: Profile) -> bool:
@@ -95,7 +98,7 @@ def _old_encodings(table: pd.DataFrame, kind: str, profile: Profile) -> dict[str
     """AIMET 0.6.1 and QNN: lists of encodings by tensor, with words for truth."""
 
     def one(row):
-        offset, bits = _offset(row, profile), _bits(row, profile)
+        offset, bits = _offset(row, profile), int(row.bits)
         ends = {"min": offset * row.scale, "max": (offset + 2**bits - 1) * row.scale}
         facts = {"bitwidth": bits, "dtype": "int", "is_symmetric": str(_symmetric(row, profile))}
         return facts | ends | {"offset": offset, "scale": row.scale}
@@ -108,7 +111,7 @@ def _new_encodings(table: pd.DataFrame, kind: str, profile: Profile) -> list[dic
     found = []
     for name, rows in _by_tensor(table, kind):
         wide = "PER_CHANNEL" if rows[0].channel >= 0 else "PER_TENSOR"
-        facts = {"name": name, "bw": _bits(rows[0], profile), "dtype": "INT", "enc_type": wide}
+        facts = {"name": name, "bw": int(rows[0].bits), "dtype": "INT", "enc_type": wide}
         facts |= {"is_sym": _symmetric(rows[0], profile)}
         found.append(facts | {"offset": [_offset(r, profile) for r in rows], "scale": [r.scale for r in rows]})
     return found
@@ -259,6 +262,54 @@ class RangeFile:
     missing: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class RangeOptions:
+    """How ranges are chosen.
+
+    Args:
+        method: One of RANGE_METHODS.
+        profile: The target's grid, or its name: weights per channel or per tensor, signed activations or not.
+        int8: INT8 file of the model, whose nodes say how many bits each activation has; None: as the target says.
+        progress: Whether to show a progress bar.
+    """
+
+    method: str = "minmax"
+    profile: str | Profile = "ort-cpu"
+    int8: str | Path | None = None
+    progress: bool = True
+
+
+def file_bits(int8: str | Path, simple: Graph) -> tuple[dict[str, int], bool]:
+    """Bits of activations in an INT8 file.
+
+    Args:
+        int8: The file, in QDQ format.
+        simple: The simplified float graph that it was made from.
+
+    Returns:
+        8 or 16 by tensor, those without a QuantizeLinear left out; and whether there are weights of 4 bits.
+
+    Raises:
+        InputError: The file is no model, or has no QuantizeLinear.
+    """
+    import onnx
+
+    try:
+        graph = Graph(onnx.load(str(int8)))
+    except Exception as e:  # protobuf's own exceptions share no other base
+        raise InputError(f"{int8} cannot be read: {e}", expected="an ONNX file") from e
+    quantized = {n.input[0] for n in graph.nodes if n.op_type == "QuantizeLinear"}
+    if not quantized:
+        raise InputError(f"{int8} has no QuantizeLinear", expected="an INT8 file", fix="calib-nb quantize writes one")
+    wide, sources = set(wide_tensors(graph)), aliases(simple)
+    names = {*quantized, *(name for name, source in sources.items() if source in quantized)}
+    bits = {name: 16 if {name, sources.get(name)} & wide else 8 for name in names}
+    return bits, any(t.data_type == onnx.TensorProto.INT4 for t in graph.model.graph.initializer)
+
+
+_IN_BLOCKS = ("MatMul", "Gemm")  # what has weights of 4 bits, and a scale for each block of them
+
+
 def _missing(given: Graph, simple: Graph, table: pd.DataFrame, image: np.ndarray) -> dict[str, str]:
     """Tensors of a simplified graph that are not the same in the given file, and why."""
     names, why = tensor_names(given), {}
@@ -288,9 +339,8 @@ def write_ranges(
     output: str | Path,
     *,
     format: str,
-    method: str = "minmax",
-    profile: str | Profile = "ort-cpu",
-    progress: bool = True,
+    options: RangeOptions | None = None,
+    **settings,
 ) -> RangeFile:
     """Write the ranges of a float file for another toolchain.
 
@@ -300,9 +350,8 @@ def write_ranges(
         preprocess: From a BGR uint8 array to the model's float32 input [1, C, H, W].
         output: File to write.
         format: "aimet", "qnn", "tensorrt", "ort" or "csv"; "aimet-0.6.1" and "aimet-2.0.0" for other versions.
-        method: One of RANGE_METHODS.
-        profile: The target's grid, or its name: weights per channel or per tensor, signed activations or not.
-        progress: Whether to show a progress bar.
+        options: Method, target, and an INT8 file that knows the bits of each activation.
+        **settings: Single fields of `RangeOptions` instead.
 
     Returns:
         The file, what it holds, and what it does not.
@@ -313,15 +362,21 @@ def write_ranges(
     """
     versions = {f"aimet-{version}": version for version in AIMET_VERSIONS}
     require_known(format, [*RANGE_FORMATS, *versions], "format of ranges")
-    require_known(method, RANGE_METHODS, "calibration method")
-    target = profile if isinstance(profile, Profile) else find_profile(profile)
+    options = with_settings(options or RangeOptions(), settings)
+    require_known(options.method, RANGE_METHODS, "calibration method")
+    target = options.profile if isinstance(options.profile, Profile) else find_profile(options.profile)
     if not len(images):
         raise InputError("no calibration images", expected="at least one", fix="100 are a usual number")
     given = load_graph(model)
     simple = plain_graph(given, target)
-    stats = observe_graph(simple, images, preprocess, names=tensor_names(given), progress=progress)
-    table = grid_table(simple, range_table(simple, ranges(stats, method)), target)
-    why = _missing(given, simple, table, network_input(images[0], preprocess, given.shape(given.inputs[0])))
+    bits, four = ({}, False) if options.int8 is None else file_bits(options.int8, simple)
+    target = replace(target, weight_bits=4) if four else target
+    stats = observe_graph(simple, images, preprocess, names=tensor_names(given), progress=options.progress)
+    table = grid_table(simple, range_table(simple, ranges(stats, options.method)), target, bits)
+    blocked = {p.weight: "it has 4 bits and a scale for each block" for p in layers(simple) if p.op in _IN_BLOCKS}
+    as_float = [] if options.int8 is None else table.tensor[(table.kind == "activation") & ~table.tensor.isin(bits)]
+    why = (blocked if target.weight_bits == 4 else {}) | dict.fromkeys(as_float, "the INT8 file does not quantize it")
+    why |= _missing(given, simple, table, network_input(images[0], preprocess, given.shape(given.inputs[0])))
     table = table[~table.tensor.isin(list(why))].reset_index(drop=True)
     known = {"version": versions[format]} if format in versions else {}
     text = RANGE_FORMATS[format.split("-")[0]](table, target, **known)
