@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from calib_nb.quant.stats import (
     QUANTILES,
     ActivationStats,
     Collector,
-    Measurement,
     channel_values,
     collect,
     merge,
@@ -48,12 +48,11 @@ EPS = float(np.finfo(np.float32).eps)
 
 def measured(x, bins=32):
     """What is measured on one tensor: (bad, values, counts of the bins in use, exponent, first)."""
-    room = Measurement.empty(1, bins)
-    room.counts[...] = 77  # what an earlier image left there
-    bad = room.fill(x, np.array([0]), np.array([x.size]))
-    k, first = int(room.exponents[0]), int(room.firsts[0])
-    used = math.floor(math.ldexp(float(room.values[0, 1]), -k)) - first + 1 if bad < 0 else 0
-    return bad, room.values[0], room.counts[0, :used], k, first
+    collector = Collector(["x"], bins=bins, images=1)
+    bad = collector.measure(0, "image", x, np.array([0]), np.array([x.size]))
+    values, (counts, (k,), (first,), *_) = collector.values[0, 0], collector.total
+    used = math.floor(math.ldexp(float(values[1]), -int(k))) - int(first) + 1 if bad < 0 else 0
+    return bad, values, counts[0, :used], int(k), int(first)
 
 
 @given(floats, floats, st.integers(16, 5000))
@@ -158,6 +157,15 @@ def test_bins_fold_as_the_range_grows_without_losing_a_count():
     counts, edges = stats.histogram("x")
     assert counts.sum() == 30_000 and 2048 <= len(counts) <= 4096
     assert np.array_equal(counts, np.histogram(np.concatenate([a["x"] for _, a in images]).astype(float), edges)[0])
+
+
+def test_merging_neighbours_loses_no_bin():
+    """First bins even and odd, on either side of zero, one bin or several, up to 16 times as wide."""
+    rng = np.random.default_rng(0)
+    for first, used, shift in itertools.product(range(-3, 4), range(1, 9), range(5)):
+        narrow, wider = rng.integers(1, 9, used).astype(np.int32), np.zeros(24, np.int64)
+        kernels.fold(narrow, 0, first, used, wider, shift, -8)
+        assert np.array_equal(wider, np.bincount(((first + np.arange(used)) >> shift) + 8, narrow, 24))
 
 
 def saved_network(path, *, batch=1):
@@ -511,7 +519,10 @@ def test_a_journal_of_something_else_is_left_alone(model, images, stats, tmp_pat
 def test_an_error_in_the_middle_keeps_what_was_done(model, images, tmp_path):
     with pytest.raises(ModelError):
         observe(model, images, nan_at(10), journal=tmp_path / "j.npz", threads=1, progress=False)
-    assert len(read_stats(tmp_path / "j.npz").images) == 10
+    kept = read_stats(tmp_path / "j.npz")
+    assert len(kept.images) == 10, "those before the bad one in full, although a part of it was counted"
+    zeros = [image for label, image in labelled(images) if label in kept.images]
+    assert kept == replace(observe(model, zeros, nan_at(-1), progress=False), model_sha256=kept.model_sha256)
 
 
 def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path):
@@ -538,7 +549,7 @@ print(sorted({'numba', 'onnx', 'onnxruntime', 'scipy', 'torch'} & set(sys.module
 def test_memory_does_not_grow_with_the_images():
     few, many = (Collector(["a"] * 1, images=n) for n in (10, 1000))
     assert many.values.nbytes - few.values.nbytes == 990 * VALUES * 4, "a few numbers per tensor and image"
-    assert few.counts.nbytes == many.counts.nbytes
+    assert few.total[0].nbytes == many.total[0].nbytes
 
 
 MEMORY = """

@@ -241,18 +241,17 @@ def activations(graph: Graph, *, fused: bool = True) -> list[str]:
 
     Args:
         graph: The graph.
-        fused: Leave out what a Relu or Clip alone reads.
+        fused: Leave out what a Relu, a Clip or the Add of a MatMul's bias alone reads: no integer kernel stores it.
 
     Returns:
         Names, inputs first, in the order in which the tensors are made; no constants and no `aliases`.
     """
-    same = aliases(graph)
+    left_out = set(aliases(graph))
+    if fused:
+        left_out |= {n.output[0] for n in graph.nodes if _clamped(graph, n)}
+        left_out |= {layer.node.output[0] for layer in layers(graph) if layer.adder}
     names = [name for name in graph.inputs if graph.is_float(name)]
-    for n in graph.nodes:
-        names += [
-            out for out in n.output if graph.is_float(out) and out not in same and not (fused and _clamped(graph, n))
-        ]
-    return names
+    return names + [o for n in graph.nodes for o in n.output if graph.is_float(o) and o not in left_out]
 
 
 def _clamped(graph: Graph, node) -> bool:
