@@ -32,10 +32,11 @@ from .graph.contract import read_contract, single_input
 from .npu.config import CompilerConfig, load_config
 from .npu.input_probe import input_chain, propose_input
 from .quant.cover_set import CoverageStrategy
+from .quant.coverage import CoverOptions
 from .quant.harden import Hardened, HardenOptions, harden_model
 from .quant.observe import network_input
 from .quant.quantize import QuantizedModel, with_settings
-from .quant.range_files import RangeFile, write_ranges
+from .quant.range_files import RangeFile, RangeOptions, write_ranges
 from .quant.recipe import RecipeOptions, quantize_by
 from .quant.target import Profile
 
@@ -336,10 +337,9 @@ def export_ranges(
     output: str | Path,
     *,
     format: str,
-    method: str = "minmax",
-    profile: str | Profile = "ort-cpu",
     images: Images | None = None,
-    progress: bool = True,
+    options: RangeOptions | None = None,
+    **settings,
 ) -> RangeFile:
     """Write the ranges of a float file for another toolchain.
 
@@ -348,10 +348,9 @@ def export_ranges(
         config: The config, or its file: preprocessing, calibration images and their number.
         output: File to write.
         format: "aimet", "qnn", "tensorrt", "ort" or "csv"; "aimet-0.6.1" and "aimet-2.0.0" for other versions.
-        method: A range method such as "minmax", "kl" or "mse".
-        profile: The target's grid, or its name.
         images: Calibration images instead of the config's: a folder or files.
-        progress: Whether to show a progress bar.
+        options: Method, target, INT8 file that knows the bits of each activation, and whether to show a bar.
+        **settings: Single fields of `RangeOptions` instead, such as method ("minmax", "kl", "mse") or profile.
 
     Returns:
         The file, what it holds, and the tensors that the toolchain would not find.
@@ -362,9 +361,7 @@ def export_ranges(
     """
     known = load_config(config)
     files = image_files(images, known, most=known.calibration_num if images is None else None)
-    return write_ranges(
-        model, files, known.preprocess, output, format=format, method=method, profile=profile, progress=progress
-    )
+    return write_ranges(model, files, known.preprocess, output, format=format, options=options, **settings)
 
 # %% ../nbs/01_front_door.ipynb #cell-29
 def judge(
@@ -425,6 +422,7 @@ def coverage(
     *,
     quotas: Mapping[str, float] | None = None,
     column: str = "quality",
+    bits: int = 8,
     **settings,
 ) -> CoverageStrategy:
     """A strategy of `prepare`: the images that cover a model's activations best.
@@ -435,7 +433,8 @@ def coverage(
         quotas: Share of the images by stratum, with the sum 1, for instance {"good": 0.7, "middling": 0.2,
             "poor": 0.1}; None chooses freely.
         column: Column of the scores that the strata are bins of.
-        **settings: Further fields of `CoverageStrategy`: bins, threads, options.
+        bits: Of the target's activations, 2 to 16; with fewer, images that stretch the ranges are taken less.
+        **settings: Further fields of `CoverageStrategy`: bins, threads, options (in the place of `bits`).
 
     Returns:
         The strategy; each candidate is run once, and a killed run goes on.
@@ -456,6 +455,7 @@ def coverage(
             raise InputError(
                 f"what {Path(model).name} wants cannot be told from it", expected="a config", fix=fix
             ) from e
+    settings = {"options": CoverOptions(bits=bits), **settings}
     return CoverageStrategy(model, preprocess, quotas=quotas, column=column, **settings)
 
 # %% ../nbs/01_front_door.ipynb #cell-35

@@ -16,7 +16,7 @@ from calib_nb.core.errors import CalibError, InputError
 from calib_nb.data.dataset import OBSERVED, prepare
 from calib_nb.data.demo_images import graded_images
 from calib_nb.data.preprocess import Preprocess
-from calib_nb.graph.build import conv, linear, sequential
+from calib_nb.graph.build import conv, linear, network, sequential
 from calib_nb.quant.cover_set import CoverageStrategy
 from calib_nb.quant.coverage import (
     CoverOptions,
@@ -222,11 +222,21 @@ def test_the_front_door_refuses_before_images_are_scored(folder):
         coverage(folder / "net.onnx")
 
 
+def test_the_front_door_takes_bits_or_all_options(folder):
+    network("s = Div (x, m); y = Relu (s)", inputs={"x": (1, 3, 8, 8)}, m=[0.226]).save(folder / "told.onnx")
+    assert coverage(folder / "told.onnx").options == CoverOptions()
+    assert coverage(folder / "told.onnx", bits=4).settings["bits"] == 4
+    assert coverage(folder / "told.onnx", options=CoverOptions(bits=6, reach=1)).settings["reach"] == 1
+    with pytest.raises(InputError, match="1 bits"):
+        coverage(folder / "told.onnx", bits=1)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--strategy coverage", "without a model"),
         ("--strategy random --quotas good=1", "with strategy random"),
+        ("--strategy quality_mix --bits 4", "with strategy quality_mix"),
         ("--strategy covrage", "coverage"),
         ("--strategy coverage --model net.onnx --quotas good", "shares"),
     ],

@@ -51,6 +51,7 @@ def prepare(
     quotas: Annotated[
         str | None, typer.Option(help="For coverage: share by quality, as good=0.7,middling=0.2,poor=0.1.")
     ] = None,
+    bits: Annotated[int, typer.Option(min=2, max=16, help="For coverage: of activations; few avoid wide ranges.")] = 8,
     link: Annotated[
         str,
         typer.Option(
@@ -84,7 +85,7 @@ def prepare(
         source_dir,
         output_dir,
         num_samples=num_samples,
-        strategy=_strategy(strategy, model, config, quotas),
+        strategy=_strategy(strategy, model, config, quotas, bits),
         seed=seed,
         overwrite=overwrite,
         **options,
@@ -93,15 +94,14 @@ def prepare(
         typer.echo(f"note: {warning}", err=True)
     unusable = int((chosen.pool["error"] != "").sum())
     quality, pool = chosen.images.quality.mean(), chosen.pool.quality.mean()
-    others = name_counts(chosen.passed_over)
-    others = f"; passed over, convert them first: {others}" if others else ""
+    others = f"; passed over, convert them first: {others}" if (others := name_counts(chosen.passed_over)) else ""
     typer.echo(
         f"{len(chosen.images)} of {len(chosen.pool):,} images chosen ({unusable} cannot be used{others}), "
         f"mean quality {quality:.1f}; pool {pool:.1f}\nset: {chosen.path}\ncard: {chosen.path / 'README.md'}"
     )
 
 
-def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None):
+def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None, bits: int):
     """The name of a strategy, or the one that runs a model."""
     from calib_nb.data.dataset import STRATEGIES
 
@@ -110,9 +110,9 @@ def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | 
             raise InputError("--strategy coverage without a model", expected="--model M.onnx")
         from calib_nb.api import coverage
 
-        return coverage(model, config, quotas=_shares(quotas))
-    if model or config or quotas:
-        raise InputError(f"--model, --config or --quotas with strategy {name}", fix="take --strategy coverage")
+        return coverage(model, config, quotas=_shares(quotas), bits=bits)
+    if model or config or quotas or bits != 8:
+        raise InputError(f"--model, --config, --quotas or --bits with strategy {name}", fix="take --strategy coverage")
     return require_known(name, STRATEGIES, "strategy")
 
 
@@ -123,7 +123,7 @@ def _shares(text: str | None) -> dict[str, float] | None:
     except ValueError as e:
         raise InputError(f"--quotas {text}", expected="shares, as good=0.7,middling=0.2,poor=0.1") from e
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-14
+# %% ../../nbs/commands/02_npu.ipynb #cell-16
 _Target = Annotated[
     str,
     typer.Option(
@@ -248,7 +248,7 @@ def _proposed(names: dict, dataset_path: Path, answers, options: dict):
         typer.echo("note: RGB is written, as most models want; --color bgr writes the other order", err=True)
     return input_probe.propose_config(model, dataset_path, answers=answers, proposal=proposal, **options)
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-20
+# %% ../../nbs/commands/02_npu.ipynb #cell-22
 @app.command(epilog="Example: calib-nb verify --config yunet.json --model yunet.onnx --visualize --output-dir check")
 def verify(
     config: Annotated[Path, typer.Option(help="The config to check.")],
@@ -296,7 +296,7 @@ def verify(
     if not checked.passed:
         raise typer.Exit(1)
 
-# %% ../../nbs/commands/02_npu.ipynb #cell-25
+# %% ../../nbs/commands/02_npu.ipynb #cell-27
 @app.command("compile", epilog="Example: calib-nb compile --model yunet.onnx --config yunet.json --output compiled")
 def compile_(
     output: Annotated[Path, typer.Option(help="Folder for what the compiler writes.")],
