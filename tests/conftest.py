@@ -1,10 +1,13 @@
 """Fixtures that the whole suite shares."""
 
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import forked
+import forked_worker
 import pytest
 from hypothesis import settings
 
@@ -16,12 +19,24 @@ settings.load_profile("house")
 def pytest_configure(config):
     """Give Ctrl-C back: a background job of a shell starts with it ignored, and its children inherit that.
 
-    Several workers share one preloaded process, which is made while they collect.
+    Several workers share one preloaded process, and are forked from it where OMP_NUM_THREADS=1: no library has threads.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        forked.share()
+        forked.share(*(map(os.path.abspath, config.args) if one_thread_each() else ()))
+
+
+def one_thread_each() -> bool:
+    """Whether no library starts threads while it is imported: a process that has some cannot be forked."""
+    return os.environ.get("OMP_NUM_THREADS") == "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Workers of pytest-xdist are forked from the preloaded process."""
+    for spec in specs if one_thread_each() else ():
+        spec.python = shlex.join([sys.executable, forked_worker.__file__])
 
 
 # They hold the longest tests, which begin first: no worker is alone with one of them at the end.

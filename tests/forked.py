@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -36,17 +37,25 @@ PRELOAD = [
     "pytest",
     "typer.testing",
     "pydantic",
+    "papermill",
+    "ipykernel.kernelapp",
+    "nbconvert",
     "warm",
 ]
 
 
 # Names the socket of a server that another process has started.
 SHARED = "CALIB_NB_TEST_FORKSERVER"
+# What the server's pytest collects before anything is forked.
+COLLECTED = "CALIB_NB_TEST_COLLECTED"
 
 
 @cache
-def server():
-    """The context whose processes are forked from the preloaded one, which finds its modules by PYTHONPATH alone."""
+def server(collected: tuple[str, ...] = ()):
+    """The context whose processes are forked from the preloaded one, which finds its modules by PYTHONPATH alone.
+
+    It has also imported the tests that pytest finds behind the words `collected`.
+    """
     context = multiprocessing.get_context("forkserver")
     if SHARED in os.environ:
         shared = forkserver._forkserver
@@ -54,17 +63,19 @@ def server():
         shared._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)  # it lives as long as the one that started it
         shared.ensure_running = resource_tracker.ensure_running
         return context
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *["collected"][: len(collected)], "frozen"])
     folders = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):
+    names = {"PYTHONPATH": os.pathsep.join(folders), COLLECTED: json.dumps(collected)}
+    with mock.patch.dict(os.environ, names):
         forkserver.ensure_running()
+    os.environ[SHARED] = forkserver._forkserver._forkserver_address  # for the processes that this one starts
     return context
 
 
-def share() -> None:
-    """Start the server now, for this process and those that it starts from now on."""
-    server()
-    os.environ.setdefault(SHARED, forkserver._forkserver._forkserver_address)
+def share(*collected: str) -> None:
+    """Start the server now, for this process and those that it starts from now on, with the tests `collected`."""
+    server(collected)
+    server.cache_clear()  # whoever asks without words means the same one
 
 
 def start(target: Callable, *args, env: dict[str, str] | None = None):
@@ -77,7 +88,16 @@ def start(target: Callable, *args, env: dict[str, str] | None = None):
 def _call(environment: dict[str, str], target: Callable, args: tuple) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    fork_kernels()
     target(*args)
+
+
+def fork_kernels() -> None:
+    """Let this process start its Jupyter kernels as forked ones."""
+    from ipykernel import kernelspec
+
+    words = [sys.executable, str(HERE / "forked_kernel.py"), "-f", "{connection_file}"]
+    kernelspec.make_ipkernel_cmd = lambda *_, **__: words
 
 
 def start_script(code: str, *words: object, cwd=None, env: dict[str, str] | None = None, output: Path | None = None):
@@ -87,6 +107,20 @@ def start_script(code: str, *words: object, cwd=None, env: dict[str, str] | None
     """
     files = {n: os.devnull if output is None else str(output / str(n)) for n in (1, 2)}
     return start(_script, code, [str(word) for word in words], str(cwd or os.getcwd()), files, env=env)
+
+
+def standard_files() -> list[Connection]:
+    """Standard input, output and errors of this process, for one that is started."""
+    return [Connection(os.dup(number), readable=number == 0, writable=number > 0) for number in range(3)]
+
+
+def use_standard_files(files: Sequence[Connection]) -> None:
+    """Make those of another process this one's."""
+    for number, file in enumerate(files):
+        os.dup2(file.fileno(), number)
+        file.close()
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
 
 
 def _script(code: str, words: list[str], folder: str, files: dict[int, str]) -> None:

@@ -46,7 +46,13 @@ def shown(outputs: list[dict]) -> list[str]:
 
 
 def run(path: str, pipe) -> None:
-    """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a separate process."""
+    """Execute a notebook in its folder and send (error or "", what each cell showed); meant for a separate process.
+
+    What libraries write past the cells, as warnings of a log, goes nowhere; `notebook_run.py NOTEBOOK` shows it.
+    """
+    if not isinstance(pipe, _Ending):
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "IN_TEST": "1"}
     import pandas as pd
     from execnb.shell import CaptureShell

@@ -96,7 +96,7 @@ def execute(path: Path) -> list[list[str]]:
     try:
         error, texts = ours.recv() if ours.poll(SECONDS) else (f"no end within {SECONDS} s", [])
     except EOFError:
-        error, texts = "the process ended without a word", []
+        error, texts = f"its process ended without a word: python tests/notebook_run.py {path}", []
     process.join(5)
     if process.is_alive():
         process.kill()
