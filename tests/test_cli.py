@@ -158,7 +158,7 @@ def test_prepare_twice_gives_the_same_bytes(images, tmp_path):
 
 
 def test_ctrl_c_and_kill_leave_no_half_set_and_the_run_goes_on(tmp_path):
-    graded_images(tmp_path / "many", 250)
+    graded_images(tmp_path / "many", 120)
     line = "prepare --source-dir many --output-dir set --num-samples 20"
     for how, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

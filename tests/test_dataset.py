@@ -351,7 +351,7 @@ prepare(sys.argv[1], sys.argv[2], num_samples=20, seed=int(sys.argv[3]), workers
 def many(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many") / "photos"
     folder.mkdir()
-    scenes = [cv2.resize(paint_scene(i), (800, 600)) for i in range(12)]
+    scenes = [cv2.resize(paint_scene(i), (400, 300)) for i in range(12)]
     for i in range(160):
         cv2.imwrite(str(folder / f"{i:04d}.jpg"), np.roll(scenes[i % 12], i * 3, axis=1))
     return folder

@@ -10,6 +10,7 @@ import time
 import zipfile
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -456,9 +457,7 @@ print(len(stats.images))
 
 def start(model, tmp_path):
     files = [str(tmp_path / name) for name in ("journal.npz", "calls", "hold")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    quiet = os.environ | {"TQDM_DISABLE": "1"}
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(model), *files], **pipes, env=quiet)
+    return forked.start_script(WORKER, model, *files, output=tmp_path)
 
 
 def wait_until(ready):
@@ -474,17 +473,17 @@ def test_a_stopped_pass_goes_on_where_it_was(model, tmp_path, how):
     hold.touch()  # the fortieth image waits, so that the signal comes in the middle however slow the machine is
     process = start(model, tmp_path)
     wait_until(lambda: calls.exists() and calls.stat().st_size >= 40)
-    process.send_signal(how)
+    os.kill(process.pid, how)
     if how == signal.SIGINT:
         wait_until(lambda: len(read_stats(journal).images) > 35)  # what was not yet saved is saved on the way out
     hold.unlink()
-    process.communicate(timeout=60)
+    process.join(60)
     kept = len(read_stats(journal).images)
     assert 20 <= kept < 60
     calls.unlink()
     again = start(model, tmp_path)
-    out, err = again.communicate(timeout=60)
-    assert (out, err, again.returncode) == ("60\n", "", 0)
+    again.join(60)
+    assert ((tmp_path / "1").read_text(), (tmp_path / "2").read_text(), again.exitcode) == ("60\n", "", 0)
     assert calls.stat().st_size == 60 - kept + 1, "the rest, and one to see that nothing has changed"
     images = list(np.random.default_rng(5).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
     assert (
@@ -604,6 +603,7 @@ def test_real_models(real_data, tmp_path, name):
         assert stats.histogram(tensor)[0].sum() == 3 * kept[0][tensor].size
 
 
+@pytest.mark.slow  # it compiles every kernel again; the values of the same kernels are those of NumPy in quick tests
 def test_no_kernel_writes_beyond_its_arrays(tmp_path):
     """Ranges that grow to either side, one tensor or several, with every index checked."""
     code = """
