@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calib_nb.analysis.compare import Task, compare_models, run_model
+from calib_nb.analysis.compare import Task, compare_models, paired_bootstrap, run_model
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.data.preprocess import preset
 from calib_nb.graph.contract import open_session, read_contract
@@ -20,7 +20,7 @@ from calib_nb.graph.export import export_onnx
 from calib_nb.quant.quantize import quantize_static
 from calib_nb.tags.demo import compact_tagger, demo_tagger, make_demo_tagger, train_compact
 from calib_nb.tags.demo_drawings import tagged_images, tagged_splits
-from calib_nb.tags.metrics import average_precision, tag_map
+from calib_nb.tags.metrics import average_precision, resampled_map, tag_map
 from calib_nb.tags.task import TaggingTask
 
 CHAIN = preset("resnet-tags", size=(32, 32))
@@ -89,6 +89,23 @@ def test_training_repeats_and_leaves_torch_as_it_was(images, trained):
     assert not torch.are_deterministic_algorithms_enabled()
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (trained, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(SCORES, TARGETS, hnp.arrays(np.int64, (5, 20), elements=st.integers(0, 19)))
+def test_resamples_at_once_are_those_one_by_one(scores, targets, rows):
+    one_by_one = [tag_map(scores[r], targets[r]) for r in rows]
+    assert np.allclose(resampled_map(scores, targets, rows), one_by_one, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_the_interval_of_map_is_that_of_resamples_one_by_one(images):
+    class Slow(TaggingTask):
+        resampled = None
+
+    rng, fast, slow = np.random.default_rng(0), TaggingTask(images, CHAIN), Slow(images, CHAIN)
+    first, second = (fast.units([{"y": row} for row in rng.normal(0, 1, fast.targets.shape)], []) for _ in range(2))
+    drops = [paired_bootstrap(task, first, second, resamples=150) for task in (fast, slow)]
+    assert np.allclose([drops[0].low, drops[0].high], [drops[1].low, drops[1].high], rtol=1e-9)
 
 
 def test_the_export_equals_torch(tmp_path, trained):

@@ -34,7 +34,8 @@ from ..quant.write import int8_macs_share
 class Task(Protocol):
     """What a comparison needs to know about a task: data, preprocessing and metrics.
 
-    A method `slices()` may give a table of labels with a row per unit, such as light or distance.
+    A method `slices()` may give a table of labels with a row per unit, such as light or distance, and a method
+    `resampled(units, rows)` the primary metric of many resamples at once, whose rows are int [resamples, units].
 
     Args:
         name: The task's name.
@@ -139,7 +140,7 @@ def _agreement(reference: dict[str, np.ndarray], outputs: dict[str, np.ndarray])
         row["top1_agreement"] = float(all(x.argmax() == outputs[name].argmax() for name, x in reference.items()))
     return row
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-14
+# %% ../../nbs/analysis/01_compare.ipynb #cell-16
 def run_model(session, task: Task, *, progress: bool = True, desc: str = "run") -> list[dict[str, np.ndarray]]:
     """Outputs of a model for every sample of a task.
 
@@ -171,7 +172,7 @@ def run_model(session, task: Task, *, progress: bool = True, desc: str = "run") 
         outputs.append(dict(zip(names, arrays, strict=True)))
     return outputs
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-17
+# %% ../../nbs/analysis/01_compare.ipynb #cell-19
 @dataclass(frozen=True)
 class Drop:
     """What a metric lost against float, in the metric's unit; positive when it got worse.
@@ -194,12 +195,20 @@ def _resampled(task: Task, reference: pd.DataFrame, units: pd.DataFrame, resampl
     def drop(rows) -> float:
         return sign * (task.metrics(reference.take(rows))[name] - task.metrics(units.take(rows))[name])
 
-    is_mean = name in reference and all(np.isclose(task.metrics(t)[name], t[name].mean()) for t in (reference, units))
+    at_once = getattr(task, "resampled", None)
+    is_mean = (
+        at_once is None
+        and name in reference
+        and all(np.isclose(task.metrics(t)[name], t[name].mean()) for t in (reference, units))
+    )
     difference = sign * (reference[name] - units[name]).to_numpy(np.float64) if is_mean else None
     rng, drops = np.random.default_rng(seed), np.empty(resamples)
     for k in range(0, resamples, 100):
         chunk = rng.integers(0, n, (min(100, resamples - k), n))
-        drops[k : k + 100] = difference[chunk].mean(axis=1) if is_mean else [drop(rows) for rows in chunk]
+        if at_once is not None:
+            drops[k : k + 100] = sign * (at_once(reference, chunk) - at_once(units, chunk))
+        else:
+            drops[k : k + 100] = difference[chunk].mean(axis=1) if is_mean else [drop(rows) for rows in chunk]
     return drops
 
 
@@ -238,7 +247,7 @@ def paired_bootstrap(
     low, high = np.nanquantile(drops, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Drop(float((before - after) * (1 if task.higher_is_better else -1)), float(low), float(high))
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-23
+# %% ../../nbs/analysis/01_compare.ipynb #cell-25
 def mcnemar(right_reference: Sequence[bool], right: Sequence[bool]) -> tuple[int, int, float]:
     """Whether a model is right more or less often than another on the same units.
 
@@ -262,7 +271,7 @@ def mcnemar(right_reference: Sequence[bool], right: Sequence[bool]) -> tuple[int
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
     return lost, gained, float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-26
+# %% ../../nbs/analysis/01_compare.ipynb #cell-28
 _BLOCK, _REST_S = 10, 0.03  # runs of a block; longer than ONNX Runtime's threads spin
 
 
@@ -296,7 +305,7 @@ def latency(sessions: Mapping[str, object], x: np.ndarray, *, runs: int = 50, wa
     median[1:] = np.where(hidden, np.nan, median)[1:]
     return pd.DataFrame({"latency_ms": median, "latency_iqr_ms": spread}, index=pd.Index(sessions, name="model"))
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-32
+# %% ../../nbs/analysis/01_compare.ipynb #cell-34
 def verdict(drop: Drop, budget: float | None, output_db: float = np.inf) -> str:
     """What an interval says about a budget.
 
@@ -317,7 +326,7 @@ def verdict(drop: Drop, budget: float | None, output_db: float = np.inf) -> str:
         return "within budget"
     return "over budget" if drop.low > budget else "undecided"
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-37
+# %% ../../nbs/analysis/01_compare.ipynb #cell-39
 def int8_share(path: str | Path) -> float:
     """Share of a model file's multiply-accumulates whose two factors are integers, 0 to 1; 0 for a float model."""
     import onnx
@@ -369,7 +378,7 @@ def worst_slice(
     table = slices_table(task, labels, reference, units, least=least).dropna(subset="drop")
     return (f"{table['slice'][0]}: {table['value'][0]}", float(table["drop"][0])) if len(table) else ("", float("nan"))
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-42
+# %% ../../nbs/analysis/01_compare.ipynb #cell-44
 @dataclass(frozen=True)
 class ComparisonOptions:
     """What is rarely changed in a comparison.
@@ -490,7 +499,7 @@ def compare_models(
         rows.append(row | size | dict(times.loc[name]) | {"threads": session_threads(options.threads)})
     return Comparison(pd.DataFrame(rows), units, task.primary, budget)
 
-# %% ../../nbs/analysis/01_compare.ipynb #cell-47
+# %% ../../nbs/analysis/01_compare.ipynb #cell-49
 _COLORS = {"within budget": "#0072B2", "over budget": "#D55E00", "unusable": "#D55E00", "undecided": "#E69F00"}
 
 

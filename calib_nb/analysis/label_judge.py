@@ -37,6 +37,8 @@ class PartTask:
         self.task, self.places, self.rows = task, list(samples), list(rows)
         self.name, self.primary, self.higher_is_better = task.name, task.primary, task.higher_is_better
         self.samples = [task.samples[k] for k in self.places]
+        if hasattr(task, "resampled"):
+            self.resampled = task.resampled
         if hasattr(task, "slices"):
             self.slices = lambda: task.slices().iloc[self.rows].reset_index(drop=True)
 
@@ -101,11 +103,16 @@ class _Mean:
 
     def __init__(self, task: Task, count: int):
         self.task, self.count, self.sign = task, count, 1 if task.higher_is_better else -1
+        if hasattr(task, "resampled"):
+            self.resampled = self._resampled
 
     def metrics(self, units: pd.DataFrame) -> dict[str, float]:
         """The mean, with the sign that makes higher better."""
         values = [self.task.metrics(units[k])[self.task.primary] for k in range(self.count)]
         return {"mean": self.sign * float(np.mean(values))}
+
+    def _resampled(self, units: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        return self.sign * np.mean([self.task.resampled(units[k], rows) for k in range(self.count)], axis=0)
 
 
 class MetricJudge:

@@ -19,7 +19,7 @@ from ..core.errors import InputError, require_known
 from ..quant.observe import network_input
 from .coco import TagSet
 from .evaluate import TagEvaluation, Tagger, evaluate_tagger, open_tagger
-from .metrics import tag_map
+from .metrics import resampled_map, tag_map
 
 # %% ../../nbs/tags/11_table.ipynb #cell-7
 class _Points:
@@ -29,6 +29,9 @@ class _Points:
 
     def metrics(self, units: pd.DataFrame) -> dict[str, float]:
         return {"map": 100 * tag_map(*np.hsplit(units.to_numpy(), 2))}
+
+    def resampled(self, units: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        return 100 * resampled_map(*np.hsplit(units.to_numpy(), 2), rows)
 
 
 def map_drop(reference: TagEvaluation, other: TagEvaluation, *, bootstrap: int = 300, seed: int = 0) -> Drop:

@@ -17,7 +17,7 @@ from ..core.errors import InputError, ModelError
 from ..data.preprocess import Preprocess
 from ..quant.observe import network_input
 from .coco import load_coco
-from .metrics import tag_map, tag_rates
+from .metrics import resampled_map, tag_map, tag_rates
 
 # %% ../../nbs/tags/05_task.ipynb #cell-7
 class TaggingTask:
@@ -76,6 +76,10 @@ class TaggingTask:
         """mAP, and micro precision, recall and F1 at logit 0, all 0..1."""
         scores, targets = np.hsplit(units.to_numpy(), 2)
         return {"map": tag_map(scores, targets), **tag_rates(scores > 0, targets)}
+
+    def resampled(self, units: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+        """mAP of resamples, float64 [resamples]; `rows` are those of each, int [resamples, units]."""
+        return resampled_map(*np.hsplit(units.to_numpy(), 2), rows)
 
 # %% ../../nbs/tags/05_task.ipynb #cell-15
 class DetectorTaggingTask(TaggingTask):
