@@ -29,6 +29,7 @@ import calib_nb.commands.proof
 import calib_nb.commands.quant
 import calib_nb.commands.tags
 import calib_nb.commands.training
+import calib_nb.commands.weights
 
 # %% ../nbs/03_cli.ipynb #cell-7
 _own = typer.Typer()
@@ -168,6 +169,7 @@ _parts = (
     calib_nb.commands.proof.app,
     calib_nb.commands.quant.app,
     calib_nb.commands.compare.app,
+    calib_nb.commands.weights.app,
     _own,
     calib_nb.commands.doctor.app,
 )

@@ -318,6 +318,9 @@ def export_ranges(
     activation_bits: Annotated[
         int | None, typer.Option(help="Bits of activations, 8 or 16 (default: as the target says).")
     ] = None,
+    int8: Annotated[
+        Path | None, typer.Option(help="INT8 file of the model: each activation gets the bits that it has there.")
+    ] = None,
 ):
     """Write ranges for AIMET, QNN, TensorRT or ONNX Runtime, or as CSV."""
     from calib_nb import api
@@ -325,36 +328,13 @@ def export_ranges(
     from calib_nb.report import text_table
 
     target = QuantizeOptions(activation_bits=activation_bits).target(profile)
-    handed = api.export_ranges(model, config, output, format=format_, method=method, profile=target, images=images)
-    rows = handed.table.drop_duplicates("tensor").kind.value_counts()
-    typer.echo(f"{rows.get('activation', 0)} activations and {rows.get('weight', 0)} weights ({method}, {profile})")
+    rare = {"method": method, "profile": target, "int8": int8, "images": images}
+    handed = api.export_ranges(model, config, output, format=format_, **rare)
+    rows = handed.table.drop_duplicates("tensor")
+    count, wide = rows.kind.value_counts(), int((rows.bits == 16).sum())
+    sixteen = f", {wide} of them in 16 bits," if wide else ""
+    activations, weights = count.get("activation", 0), count.get("weight", 0)
+    typer.echo(f"{activations} activations{sixteen} and {weights} weights ({method}, {profile})")
     if len(handed.missing):
         typer.echo(f"left out, because the toolchain would not find them:\n{text_table(handed.missing)}")
     typer.echo(f"ranges: {handed.path}")
-
-# %% ../../nbs/commands/03_quant.ipynb #cell-31
-@app.command(epilog="Example: calib-nb quantize-weights --model edgeface.onnx --output edgeface_w4.onnx")
-def quantize_weights(
-    model: Annotated[Path, typer.Option(help="Float ONNX file; it is not changed.")],
-    output: Annotated[Path, typer.Option(help="File to write.")],
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="qdq: DequantizeLinear with blocks, ONNX from opset 21 on; matmulnbits: ONNX Runtime's own operator.",
-            autocompletion=words_of("quant.blocks", "WEIGHT_FORMATS"),
-        ),
-    ] = "qdq",
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale: 16, 32, 64, 128 or 256.")] = 32,
-    keep_float: Annotated[list[str] | None, typer.Option(help="Node that stays in float; repeat as needed.")] = None,
-):
-    """Write a float file whose products have 4-bit weights; activations stay in float."""
-    from calib_nb.quant.blocks import quantize_weights_only
-
-    kept = tuple(keep_float or ())
-    small = quantize_weights_only(model, output, format=format_, block=block_size, keep_float=kept)
-    left = f", {len(small.left)} left in float" if small.left else ""
-    typer.echo(
-        f"{small.nodes} products with 4-bit weights{left}\n"
-        f"{small.float_size_mb:.3f} MB to {small.size_mb:.3f} MB\nmodel: {small.path}"
-    )
