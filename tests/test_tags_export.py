@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from calib_nb.core.errors import InputError, ModelError
 from calib_nb.core.run import sha256_file
 from calib_nb.nets.lsq import prepare_lsq
-from calib_nb.nets.resnet import resnet
+from calib_nb.nets.resnet import LAYOUTS, resnet
 from calib_nb.tags.coco import load_coco
 from calib_nb.tags.config import TrainConfig, load_train_config
 from calib_nb.tags.demo_drawings import tagged_images
@@ -21,6 +21,8 @@ from calib_nb.tags.qat import QatConfig, train_qat
 from calib_nb.tags.train import train_tagger
 
 pytest.importorskip("executorch", reason="the extra executorch is not installed: pip install 'calib-nb[executorch]'")
+
+from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
 
 from calib_nb.nets.convert import integer_program, output_steps, plain_network, round_biases
 from calib_nb.nets.pte import PTE_BACKENDS, PteSession, check_pte, partitioner, write_pte
@@ -40,7 +42,16 @@ def network():
     return made
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_patterns")
+
+
+@pytest.fixture
+def no_patterns(request, monkeypatch):
+    """Quick tests leave out what ExecuTorch traces for seconds, once: attention and resizing, which are not in here."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(sdpa, "get_graphs", list)
+        monkeypatch.setattr(bilinear_2d, "get_graphs", list)
+        monkeypatch.setattr(bilinear_2d, "get_graphs_dict", dict)
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +99,30 @@ def test_a_resnet_with_lsq_is_within_one_step_too(steps, tmp_path):
     assert steps_apart(network(), tmp_path, **steps) <= 1
 
 
-@pytest.mark.parametrize(
-    "mode", ["fp32", pytest.param("int8", marks=pytest.mark.slow), pytest.param("qat", marks=pytest.mark.slow)]
-)
-def test_export_writes_both_files_and_they_agree(mode, files, tmp_path):
-    checkpoint = files / ("lsq.pth" if mode == "qat" else "float.pth")
-    done = export_checkpoint(checkpoint, tmp_path, mode=mode, photos=files / "photos/images", calibration_samples=6)
+def check_export(mode, checkpoint, photos, tmp_path):
+    """Program and ONNX file carry their settings, and score as the checkpoint does."""
+    done = export_checkpoint(checkpoint, tmp_path, mode=mode, photos=photos / "images", calibration_samples=6)
     assert done.pte.name == f"resnet18_multilabel_{mode}_xnnpack.pte" and done.onnx.suffix == ".onnx"
-    tags = load_coco(files / "photos/instances.json", progress=False)
+    tags = load_coco(photos / "instances.json", progress=False)
     opened = [open_tagger(path) for path in (checkpoint, done.pte, done.onnx)]
     assert all(t.classes == SPEC.classes and t.preprocess == SPEC.preprocess() for t in opened)
     scores = [evaluate_tagger(t, tags, latency_runs=1, progress=False).map for t in opened]
     assert np.ptp(scores) < (1e-6 if mode == "fp32" else 0.1)
     if mode != "fp32":
-        assert done.pte.stat().st_size < 0.5 * (tmp_path.parent / checkpoint).stat().st_size
+        assert done.pte.stat().st_size < 0.5 * checkpoint.stat().st_size
+
+
+def test_export_of_a_short_network_writes_both_files_and_they_agree(files, tmp_path, monkeypatch):
+    """One block in each stage instead of two, since ExecuTorch takes seconds for each; a slow test has all of them."""
+    monkeypatch.setitem(LAYOUTS, "resnet18", (LAYOUTS["resnet18"][0], (1, 1, 1, 1)))
+    save_tagger(tmp_path / "short.pth", SPEC, network())
+    check_export("fp32", tmp_path / "short.pth", files / "photos", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fp32", "int8", "qat"])
+def test_export_writes_both_files_and_they_agree(mode, files, tmp_path):
+    check_export(mode, files / ("lsq.pth" if mode == "qat" else "float.pth"), files / "photos", tmp_path)
 
 
 def test_the_file_that_differs_is_not_kept(tmp_path):
