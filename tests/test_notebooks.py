@@ -74,7 +74,6 @@ LONG = {
     "quant/18_recipe.ipynb": "test_recipe.py",
     "quant/19_stability.ipynb": "test_coverage.py",
     "quant/22_harden.ipynb": "test_harden.py",
-    "quant/24_judge.ipynb": "test_toolchains.py",
     "tags/08_train.ipynb": "test_tags_train.py",
     "tags/09_qat.ipynb": "test_tags_lsq.py",
     "tags/10_evaluate.ipynb": "test_tags_train.py",
