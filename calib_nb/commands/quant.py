@@ -229,8 +229,8 @@ def harden(
     weights: Annotated[
         str,
         typer.Option(
-            help="What the compiler's weights have a scale for: per-tensor (weights are rounded too), per-channel, or "
-            "any (no worse than the given file in either).",
+            help="How the compiler scales weights: per-tensor (one scale each; they are put on that grid already), "
+            "per-channel, or any: no worse than the given file in either, for when you do not know.",
             autocompletion=words_of("quant.black_boxes", "GRANULARITIES"),
         ),
     ] = "any",
@@ -255,11 +255,12 @@ def harden(
     labels: LabelsOption = None,
     task: TaskOption = None,
 ):
-    """Write a float ONNX file that black-box static quantizers treat well.
+    """Write a float ONNX file that other people's static quantizers treat well.
 
-    Steps that are exact even out channels. Those that are not (clips, and weights on the grid of a scale per tensor)
-    stay within the budget. What the file has is in its metadata. With --labels a half of them, by content, has the last
-    word about the steps, by the task's metric, and the other half is scored.
+    For a compiler that takes a float file and images, and nothing else: give it this file instead, and the same images.
+    Channels get even sizes, which changes no output; tensors are clipped where outliers waste levels, and weights put
+    on the grid of a scale per tensor, as far as the budget allows. Simulated compilers judge on a part of the images;
+    with --labels a half of the labels, by content, has the last word, and the other half is scored. It takes minutes.
     """
     from calib_nb import api
     from calib_nb.core.errors import CheckFailed
@@ -282,11 +283,15 @@ def harden(
         f"{len(hard.clips)} clips; noise of the float file itself: {hard.float_noise:.2g} of its signal{limit}\n"
         f"model: {hard.path}"
     )
+    judge = f"calib-nb compare --float {model} --hardened {hard.path} --config {config} --images OTHERS --toolchain ort"
+    typer.echo(f"next: give it to the compiler in the place of {model.name}; a quantizer that judges it: {judge}")
     if len(hard.scored):
         table = hard.scored.round(4).rename_axis("file").reset_index()
         typer.echo(f"the metric on labels that judged nothing; drop from the given float file\n{text_table(table)}")
         if hard.scored.drop_low["float"] > budget:
-            raise CheckFailed(f"the float file is over the budget of {budget:g}", fix="less clipping: fewer --steps")
+            raise CheckFailed(
+                f"the float file is over the budget of {budget:g}", fix="a larger --budget, or other --labels"
+            )
 
 # %% ../../nbs/commands/03_quant.ipynb #cell-28
 @app.command(
