@@ -270,7 +270,7 @@ def test_yunet_on_labelled_images(real_data, tmp_path):
         },
         root=tmp_path,
     )
-    assert (report.metrics[["precision", "recall"]].iloc[0] > 0.9).all() and 0 < report.metrics["landmark_px"][1] < 3
+    assert (report.metrics[["precision", "recall"]].iloc[0] > 0.85).all() and 0 < report.metrics["landmark_px"][1] < 3
 
 
 def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
