@@ -451,7 +451,7 @@ def coverage(
         try:
             preprocess = input_chain(propose_input(model))
         except InputError as e:
-            fix = "write one with calib-nb config, and name it"
+            fix = f"calib-nb config --model {model} --scale 255 ... writes one; name it"
             raise InputError(
                 f"what {Path(model).name} wants cannot be told from it", expected="a config", fix=fix
             ) from e

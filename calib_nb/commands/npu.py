@@ -243,10 +243,11 @@ def _proposed(names: dict, dataset_path: Path, answers, options: dict):
     check_input(*names.values())
     images = [dataset_path / name for name in find_images(dataset_path)[:8]] if dataset_path.is_dir() else []
     proposal = input_probe.propose_input(model, images if answers.scale is None and answers.mean is None else ())
-    typer.echo(proposal)
+    settings = input_probe.propose_config(model, dataset_path, answers=answers, proposal=proposal, **options)
+    typer.echo(proposal)  # where it does not do, the error says what is in it
     if not proposal.color and answers.color is None:
         typer.echo("note: RGB is written, as most models want; --color bgr writes the other order", err=True)
-    return input_probe.propose_config(model, dataset_path, answers=answers, proposal=proposal, **options)
+    return settings
 
 # %% ../../nbs/commands/02_npu.ipynb #cell-22
 @app.command(epilog="Example: calib-nb verify --config yunet.json --model yunet.onnx --visualize --output-dir check")

@@ -82,7 +82,10 @@ def prove(
         raise typer.Exit(1)
 
 # %% ../../nbs/commands/10_proof.ipynb #cell-14
-@app.command("check-ops", epilog="Example: calib-nb check-ops --model M.onnx --target dx-com")
+_MOST_NODES = 3  # that are named of one kind
+
+
+@app.command("check-ops", epilog="Example: calib-nb check-ops --model M.onnx --target dx-com --output nodes.csv")
 def check_ops(
     model: Annotated[Path, typer.Option(help="ONNX file.")],
     target: Annotated[
@@ -92,25 +95,31 @@ def check_ops(
             autocompletion=words_of("graph.operators", "OPERATOR_TABLES"),
         ),
     ] = "dx-com",
-    output: Annotated[Path | None, typer.Option(help="CSV file to write the nodes into.")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write every such node into.")] = None,
 ):
     """Name the nodes that break a target's table of operators; exit code 1 when there are any."""
     from calib_nb.core.run import atomic_file
     from calib_nb.graph import operators
 
     check = operators.check_ops(model, target)
-    for row in check.table.itertuples():
-        typer.echo(f"{row.node} ({row.operator}): {row.why}\n  do: {row.do}")
+    if check.passed:
+        typer.echo(check)
+    else:
+        typer.echo(f"{len(check.table)} of {check.nodes} nodes break the table of {check.target} ({check.source})")
+    for (operator, why, do), rows in check.table.groupby(["operator", "why", "do"], sort=False):
+        more = f" and {len(rows) - _MOST_NODES:,} more" if len(rows) > _MOST_NODES else ""
+        nodes = ", ".join(rows.node[:_MOST_NODES]) + more
+        typer.echo(f"{len(rows)} x {operator}: {why}\n  nodes: {nodes}\n  do: {do}")
     for note in check.notes:
         typer.echo(f"note: {note}")
-    typer.echo(check)
     if output is not None:
         with atomic_file(output) as f:
             check.table.to_csv(f, index=False)
+        typer.echo(f"every node: {output}")
     if not check.passed:
         raise typer.Exit(1)
 
-# %% ../../nbs/commands/10_proof.ipynb #fix-batch
+# %% ../../nbs/commands/10_proof.ipynb #cell-17
 @app.command("fix-batch", epilog="Example: calib-nb fix-batch --model edgeface.onnx --output edgeface_b1.onnx")
 def fix_batch(
     model: Annotated[Path, typer.Option(help="ONNX file with an open batch.")],

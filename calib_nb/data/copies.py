@@ -150,9 +150,7 @@ def _tiles(wholes: np.ndarray, parts: np.ndarray, chosen: Sequence[int]) -> Iter
     """Rows and columns of the pairs that are coarsely near in one of some windows, tile by tile."""
     columns = [np.ascontiguousarray(parts[:, window].T) for window in chosen]
     for top in range(0, len(wholes), _TILE[0]):
-        rows = np.ascontiguousarray(wholes[top : top + _TILE[0]])
-        # NumPy's product starts threads of its own in each of ours, which wait for one another; OpenCV's does not.
-        products = reduce(cv2.max, (cv2.gemm(rows, others, 1, None, 0) for others in columns))
+        products = reduce(cv2.max, (wholes[top : top + _TILE[0]] @ others for others in columns))
         near = np.flatnonzero(products > COARSE)
         if len(near) > _MOST_COARSE * len(products):
             best = np.argpartition(-products, _MOST_COARSE, axis=1)[:, :_MOST_COARSE]
@@ -208,13 +206,18 @@ def near_views(
     Returns:
         float64 [P, 4]: query, view, product, and 2 * window + (1 where the query is mirrored).
     """
+    from threadpoolctl import threadpool_limits
     from tqdm.auto import tqdm
 
     windows = _described(views, range(len(WINDOWS)), np.float16)
     wholes = [_described(queries, [0], np.float32, bool(mirrored))[:, 0] for mirrored in (0, 1)]
     search, pairs, size = partial(_block_pairs, wholes, windows, (query_image, view_image)), [np.empty((0, 4))], 0
     pool = ThreadPoolExecutor(workers or cpu_count())
-    with tqdm(desc="search", unit="image", total=len(views), **bar_switch(progress)) as bar:
+    # NumPy's products start threads of their own in each of ours, which wait for one another.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        tqdm(desc="search", unit="image", total=len(views), **bar_switch(progress)) as bar,
+    ):
         try:
             for rows in pool.map(search, range(0, len(views), _TILE[1])):
                 pairs, size = [*pairs, rows], size + len(rows)
