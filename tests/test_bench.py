@@ -394,8 +394,8 @@ def test_a_fault_of_the_network_stops_the_run(small):
 
 def test_only_a_yunet_is_measured_by_its_faces(tmp_path):
     classifier = sequential(conv(4), "Relu", linear(10), shape=(1, 3, 8, 8)).save(tmp_path / "classifier.onnx")
-    names = {measure(demo_detector()).__qualname__ for measure in (task_noise, noise_for)}
-    assert names == {"face_noise.<locals>.noise"}
+    shown = {measure(demo_detector()).text(4.0) for measure in (task_noise, noise_for)}
+    assert shown == {"2 px"}
     assert task_noise(demo_embedder()) is task_noise(classifier) is noise_for(classifier) is noise_shares
 
 

@@ -17,13 +17,14 @@ from calib_nb.analysis.tasks import TaskKind
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import sha256_file
 from calib_nb.faces.verification import VerificationTask
+from calib_nb.graph.build import network as build_network
 from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
 from calib_nb.quant.mixed import choose_float_nodes
 from calib_nb.quant.quantize import read_history
 from calib_nb.quant.recipe import STEPS, auto, quantize_by, split_images
+from calib_nb.quant.sensitivity import NoiseMeasure, NoiseParts, noise_ratio
 from calib_nb.quant.sensitivity import _halved as halved
-from calib_nb.quant.sensitivity import noise_ratio
 from calib_nb.quant.target import PROFILES
 
 
@@ -46,8 +47,9 @@ def test_no_step_is_kept_that_does_not_help(tmp_path, images, target, caplog):
     caplog.set_level(logging.INFO, "calib_nb")
     recipe = auto(model, images, scale, tmp_path / "int8.onnx", profile=target, progress=False)
     assert [r.message for r in caplog.records if re.fullmatch(r"the recipe takes about \d+ s", r.message)]
-    kept = recipe.steps[recipe.steps.kept].noise.to_numpy()
-    assert kept[-1] == recipe.steps.noise.min() and kept[-1] <= kept[0]
+    kept, gains = recipe.steps[recipe.steps.kept].noise.to_numpy(), recipe.steps[["gain_db", "error_db"]]
+    assert kept[-1] <= kept[0] and recipe.steps.noise.min() >= 0.8 * kept[-1]
+    assert gains.iloc[0].eq(0).all() and (gains.error_db[1:] >= 0).all()
     assert recipe.steps.step[0] == "minmax" and list(dict.fromkeys(recipe.steps.step[1:])) == [
         s for s in STEPS if s in set(recipe.steps.step)
     ]
@@ -195,3 +197,72 @@ def test_pairs_of_faces_share_no_image_between_the_halves():
     halves = label_halves(VerificationTask(crops, table, preprocess=lambda crop: crop))
     first, second = ({x.tobytes() for x in half.samples} for half in halves)
     assert not first & second and min(len(half.rows) for half in halves) >= 20
+
+
+# ------------------------------------------------------------------ what noise is measured in
+
+
+def _far(reference, outputs):
+    """Pixels that the values above 1 move: background does not count."""
+    sure = reference[0] > 1
+    count = sure.sum()
+    return np.array([np.square(reference[0][sure] - outputs[0][sure]).mean() if count else 0.0]), np.array([count > 0])
+
+
+FAR = NoiseMeasure(_far, "drift of peaks", "px", goal=0.01, floor=1.0, counted=lambda outputs: [outputs[0] > 1])
+
+
+def _peaks(path):
+    """Values of 0 to 3 that count, beside a background down to -60."""
+    weights = {"w": np.float32([[[[1.5 / 255]], [[0]], [[0]]], [[[0]], [[-60 / 255]], [[0]]]])}
+    return build_network("y = Conv (x, w)", inputs={"x": (1, 3, 16, 16)}, **weights).save(path)
+
+
+def _as_is(bgr):
+    return bgr.astype(np.float32).transpose(2, 0, 1)[None]
+
+
+def test_ranges_of_outputs_come_from_the_values_that_count(tmp_path):
+    model, images = (
+        _peaks(tmp_path / "m.onnx"),
+        list(np.random.default_rng(3).integers(0, 256, (30, 16, 16, 3), np.uint8)),
+    )
+    recipe = auto(
+        model, images, _as_is, tmp_path / "q.onnx", profile="int8-only", noise=FAR, steps=("outputs",), progress=False
+    )
+    assert recipe.steps.step[recipe.steps.kept].tolist() == ["minmax", "outputs"]
+    assert recipe.steps.gain_db.iloc[-1] > 20 > recipe.steps.error_db.iloc[-1]
+    # one step of the range 0 to 2.25 instead of one of -60 to 1.5
+    assert recipe.model.measure is FAR and FAR.number(recipe.model.noise) < 2.25 / 255
+    assert FAR.text(recipe.model.noise).endswith(" px") and list(recipe.shown)[3] == "drift_px"
+    assert recipe.model.output_db < 6 and recipe.model.usable  # the background is cut off, which only dB say
+
+
+def test_a_goal_has_the_unit_of_the_noise(tmp_path):
+    model, images = (
+        _peaks(tmp_path / "m.onnx"),
+        list(np.random.default_rng(3).integers(0, 256, (9, 16, 16, 3), np.uint8)),
+    )
+    rare = {"profile": "qnn-htp", "noise": FAR, "steps": ("wide_nodes",), "progress": False}
+    with pytest.raises(InputError, match="goal_db 40, and drift of peaks in px; expected goal, in px"):
+        auto(model, images, _as_is, tmp_path / "q.onnx", goal_db=40, **rare)
+    loose, tight = (auto(model, images, _as_is, tmp_path / "q.onnx", goal=goal, **rare).model for goal in (5.0, 0.001))
+    assert loose.wide_tensors == 0 < tight.wide_tensors
+
+
+def test_the_error_of_a_gain_is_that_of_the_jackknife():
+    rng = np.random.default_rng(5)
+    weights = rng.integers(0, 2, (12, 2)).astype(float)
+    before, after = (NoiseParts(rng.exponential(1, (12, 2)), weights) for _ in range(2))
+
+    def gain(rows):
+        logs = [
+            np.log10([np.average(p.values[rows, k], weights=weights[rows, k]) for k in range(2)])
+            for p in (before, after)
+        ]
+        return 10 * np.average(logs[0] - logs[1], weights=weights[rows].sum(0))
+
+    left_out = [gain(np.arange(12) != k) for k in range(12)]
+    expected = gain(np.arange(12)), np.sqrt(11 / 12 * np.square(np.array(left_out) - np.mean(left_out)).sum())
+    assert after.gain(before) == pytest.approx(expected)
+    assert after.surely_below(after) is False and NoiseParts(after.values / 2, weights).surely_below(after)

@@ -93,7 +93,8 @@ def quantize(
     """Write an INT8 (QDQ) ONNX model that plain ONNX Runtime runs.
 
     Before it is written the network runs on some of the images, with ONNX Runtime's optimizer and without. Outputs
-    below 6 dB, of which a quarter is noise, are unusable: exit code 1. With --labels a half of them, by content, has
+    below 6 dB, of which a quarter is noise, are unusable: exit code 1 (of a YuNet those whose points move by 16 pixels,
+    of a depth network those that are wrong by half). With --labels a half of them, by content, has
     the last word about the steps of auto, by the task's metric, and on the other half its drop is predicted; keep them
     apart from the images that calibrate and from those that you score in the end.
     """
@@ -104,6 +105,7 @@ def quantize(
     from calib_nb.npu.config import load_config
     from calib_nb.npu.vendor_hints import retries
     from calib_nb.quant.quantize import FLOOR_DB
+    from calib_nb.quant.recipe import shown_steps
     from calib_nb.quant.target import profile as find_profile
     from calib_nb.report import text_table
 
@@ -116,27 +118,27 @@ def quantize(
     rare |= {"method": method, "profile": target, "labels": labelled}
     int8 = api.quantize(model, settings, output, images=files, **rare)
     if len(int8.steps):
-        table = int8.steps.replace({"kept": {True: "yes", False: ""}})
+        table = shown_steps(int8.steps, int8.model.measure).replace({"kept": {True: "yes", False: ""}})
         if "metric" in table:
             table["metric"] = [f"{value:.4f}" if value == value else "" for value in table.metric]
         typer.echo(text_table(table))
         hints = "\n".join(f"  {hint.why}\n    {hint.change}" for hint in retries(int8.steps, model, config))
         typer.echo(f"the same with DX-COM, one change at a time:\n{hints}")
-    written = int8.model
+    written, measure = int8.model, int8.model.measure
+    measured = measure.text(written.noise)
     nodes = f", {written.wide_tensors} tensors in 16 bits" if written.wide_tensors else ""
     nodes += f", {len(written.float_nodes)} nodes kept in float" if written.float_nodes else ""
     typer.echo(
         f"{written.int8_share:.1%} of multiply-accumulates in INT8{nodes}\n"
         f"{written.float_size_mb:.3f} MB to {written.size_mb:.3f} MB; "
         f"ranges from {written.images} images ({written.method}, {written.profile})\n"
-        f"SQNR of the outputs on some of them: {written.output_db:.1f} dB\nmodel: {written.path}"
+        f"{measure.name} on some of them: {measured}\nmodel: {written.path}"
     )
     if not written.usable:
         step = "see which layers: calib-nb diagnose" if method in ("auto", "thorough") else "try --method auto"
-        what = f"unusable: the outputs of {written.path.name} have {written.output_db:.1f} dB"
-        raise CheckFailed(
-            what, expected=f"at least {FLOOR_DB:g} dB", fix=f"{step}, or keep nodes in float (--keep-float)"
-        )
+        what = f"unusable: the outputs of {written.path.name} have {measured}"
+        least = f"at least {FLOOR_DB:g} dB" if measure.unit == "dB" else f"at most {measure.floor:g} {measure.unit}"
+        raise CheckFailed(what, expected=least, fix=f"{step}, or keep nodes in float (--keep-float)")
     if int8.predicted:
         predicted, row = int8.predicted, int8.predicted.table.iloc[-1]
         interval = f"{row.drop_low:.4f} to {row.drop_high:.4f}"
@@ -277,12 +279,11 @@ def harden(
     steps = hard.steps.replace({"kept": {True: "yes", False: ""}, "exact": {True: "yes", False: ""}})
     typer.echo(text_table(steps.round({"float_db": 1, "noise": 4, "gain_db": 1})))
     boxes = hard.boxes.round(1).rename_axis("simulated compiler").reset_index()
-    typer.echo(f"signal to noise of the outputs, dB\n{text_table(boxes)}")
-    limit = "" if labels else f" (budget {budget:g})"
-    typer.echo(
-        f"{len(hard.clips)} clips; noise of the float file itself: {hard.float_noise:.2g} of its signal{limit}\n"
-        f"model: {hard.path}"
-    )
+    typer.echo(f"{hard.measure.name}, {hard.measure.unit}\n{text_table(boxes)}")
+    share = hard.measure.unit == "dB"
+    own, most = (f"{n:.2g} of its signal" if share else hard.measure.text(n) for n in (hard.float_noise, budget))
+    limit = "" if labels else f" (budget {most})"
+    typer.echo(f"{len(hard.clips)} clips; noise of the float file itself: {own}{limit}\nmodel: {hard.path}")
     judge = f"calib-nb compare --float {model} --hardened {hard.path} --config {config} --images OTHERS --toolchain ort"
     typer.echo(f"next: give it to the compiler in the place of {model.name}; a quantizer that judges it: {judge}")
     if len(hard.scored):

@@ -21,7 +21,7 @@ from ..data.reduced import decode_reduced
 from .metadata import metadata, unit_note
 from .metrics import DepthTask, Scoring, output_depth, scored_pixels
 from .ncdb import read_depth
-from ..quant.sensitivity import NoiseMeasure, Outputs
+from ..quant.sensitivity import NoiseMeasure
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def depth_noise(scoring: Scoring = Scoring()) -> NoiseMeasure:
         scoring: What the output is, the crop, and whether the median is scaled away.
 
     Returns:
-        From the outputs of the float network and those of another to float64 [1].
+        The measure, of one aspect; its number is the root, the change of depth in percent.
 
     Source: log error as in Eigen et al. 2014.
     """
@@ -198,8 +198,7 @@ def depth_noise(scoring: Scoring = Scoring()) -> NoiseMeasure:
         x = np.log(np.maximum(depth, 1e-6))
         return x - np.median(x) if scoring.median_scaling else x
 
-    def noise(reference: Outputs, outputs: Outputs) -> np.ndarray:
-        errors = [np.square(log_depth(y) - log_depth(x)).mean() for x, y in zip(reference, outputs, strict=True)]
-        return np.array([np.mean(errors)])
+    def noise(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([np.square(log_depth(outputs) - log_depth(reference)).mean()]), np.ones(1)
 
-    return noise
+    return NoiseMeasure(noise, "change of depth", "%", scale=100, goal=1.0, floor=50.0, errors=0.0)

@@ -13,10 +13,9 @@ import numpy as np
 
 from .detect import STRIDES, YUNET_OUTPUTS
 from ..graph.contract import read_contract
-from ..quant.sensitivity import NoiseMeasure, Outputs, noise_shares
+from ..quant.sensitivity import NoiseMeasure, noise_shares
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-8
-_LEAST = 1e-12
 _TOLERATED = (1.0, 4.0, 0.1)  # points and box in pixels, score: what costs as much as points that are a pixel off
 
 
@@ -37,25 +36,32 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> NoiseMeasure:
         threshold: Least score (0-1) of a cell in the float model.
 
     Returns:
-        From the outputs of the float model and of another to float64 [strides], for every stride that sees a face:
-        squared pixels that the points move, with those of the box over 16 and 100 times the squared change of the
-        score; the geometric mean over cells, at least 1e-12.
-        Without a sure cell in any image it is `noise_shares`.
+        The measure, of three aspects, the strides: squared pixels that the points move, with those of the box over 16
+        and 100 times the squared change of the score, the mean over an image's cells. Its number is the root, in px.
+        An image that has no sure cell of a stride says nothing about it; without any in all images the noise is that of
+        `noise_shares`. Points and boxes count where the score is half of the threshold.
     """
 
-    def noise(reference: Outputs, outputs: Outputs) -> np.ndarray:
-        squares = {}
-        for wanted, given in zip(reference, outputs, strict=True):
-            for k, (cells, other) in enumerate(zip(_cells(wanted, names), _cells(given, names))):
-                sure = cells[2][:, 0] >= threshold
+    def noise(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        values, weights = np.zeros(len(STRIDES)), np.zeros(len(STRIDES))
+        for k, (cells, other) in enumerate(zip(_cells(reference, names), _cells(outputs, names))):
+            sure = cells[2][:, 0] >= threshold
+            if sure.any():
+                weights[k] = 1
                 moved = [np.square(a[sure] - b[sure], dtype=np.float64).sum(axis=1) for a, b in zip(cells, other)]
                 moved[0] /= 5
-                squares.setdefault(k, []).append(sum(m / t**2 for m, t in zip(moved, _TOLERATED)))
-        pooled = [np.concatenate(rows) for rows in squares.values()]
-        means = [np.exp(np.log(np.maximum(x, _LEAST)).mean()) for x in pooled if len(x)]
-        return np.array(means) if means else noise_shares(reference, outputs)
+                values[k] = sum(m / t**2 for m, t in zip(moved, _TOLERATED)).mean()
+        return values, weights
 
-    return noise
+    def counted(outputs: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+        masks = dict.fromkeys(names)
+        for s, (_, _, score) in zip(STRIDES, _cells(outputs, names)):
+            for name in (f"kps_{s}", f"bbox_{s}"):
+                shape = dict(zip(names, outputs))[name].shape
+                masks[name] = np.broadcast_to((score >= threshold / 2).reshape(*shape[:-1], 1), shape)
+        return list(masks.values())
+
+    return NoiseMeasure(noise, "drift of faces", "px", goal=0.25, floor=16.0, counted=counted)
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-18
 def yunet_noise(model: str | Path) -> NoiseMeasure | None:

@@ -35,7 +35,16 @@ from calib_nb.quant.quantize import (
     with_settings,
 )
 from .ranges import RANGE_METHODS, ranges
-from .sensitivity import Judge, NoiseMeasure, noise_ratio, noise_shares, outputs_of, preferred, smooth
+from calib_nb.quant.sensitivity import (
+    Judge,
+    NoiseMeasure,
+    as_measure,
+    noise_ratio,
+    noise_shares,
+    outputs_of,
+    preferred,
+    smooth,
+)
 from .stats import ActivationStats
 from .weights import quantize_weights
 
@@ -58,7 +67,7 @@ class HardenOptions:
         weights: Granularity of the compiler's weights: "per-tensor", "per-channel", or "any" for a file that is no
             worse than the given one in either.
         budget: Largest noise that the steps which are not exact may make in the float file's outputs, as a share of
-            their signal, above 0.
+            their signal (by another measure, the square of its number), above 0.
         steps: Some of HARDENING; they are run in that order.
         form: How a clip is written, one of CLIP_FORMS.
         width: How many plans each step is tried on, the least noisy ones so far; at least 1.
@@ -142,6 +151,7 @@ class _Hardening:
             for part in (self.calibration, tuning)
         )
         self.reference = outputs_of(given, self.tuning, threads=options.threads)
+        self.by = as_measure(options.noise).on(self.reference)
         self.boxes = boxes_for(options.weights)
         self.simple = plain_graph(given, BOXES[0].profile)
         self.first = self.measured(rewrite(self.simple), "given", "simplified and rewritten", True)
@@ -154,7 +164,7 @@ class _Hardening:
     def noises(self, graph: Graph, stats: ActivationStats, boxes) -> pd.Series:
         """Noise of the outputs by simulated compiler, on the images that judge."""
         options, count = self.options, _JUDGES
-        settings = {"noise": options.noise, "threads": options.threads}
+        settings = {"noise": self.by, "threads": options.threads}
         return box_noise(graph, stats, boxes, self.tuning[:count], self.reference[:count], **settings)
 
     def measured(self, graph: Graph, step: str, detail: str, exact: bool, of: _Plan | None = None, cut=None) -> _Plan:
@@ -162,7 +172,7 @@ class _Hardening:
         path = of.path if of else ()
         stats = self.observed(graph)
         outputs = outputs_of(graph, self.tuning, threads=self.options.threads)
-        as_float = noise_ratio(self.reference, outputs, self.options.noise)
+        as_float = noise_ratio(self.reference, outputs, self.by)
         noise = self.noises(graph, stats, self.boxes)
         on = " + ".join(self.rows[k][0] for k in path[1:])
         plan = _Plan(graph, stats, noise, as_float, (*path, len(self.rows)), cut, of)
@@ -181,7 +191,8 @@ class _Hardening:
         """One row per trial; those that the best plan is made of are kept."""
         table = pd.DataFrame(self.rows, columns=["step", "detail", "on", "exact", "float_db", "noise"])
         table["gain_db"] = decibels(table.noise[0], table.noise)
-        table["float_db"] = decibels(1.0, table.float_db)
+        table["float_db"] = [self.by.number(noise) for noise in table.float_db]
+        table = table.rename(columns={"float_db": f"float_{self.by.unit}".lower()})
         return table.assign(kept=[k in best.path for k in table.index])
 
 # %% ../../nbs/quant/22_harden.ipynb #cell-15
@@ -228,7 +239,7 @@ def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
         ClipOptions(
             weights=options.weights,
             limit=options.budget,
-            noise=options.noise,
+            noise=search.by,
             runs=options.runs,
             threads=options.threads,
             progress=options.progress,
@@ -304,15 +315,16 @@ class Hardened:
     Args:
         path: The file.
         weights: Granularity that it is for.
-        steps: A row per trial: step, detail, on (the steps before), exact, float_db (signal to noise in float), noise
-            (mean of the simulated compilers), gain_db (below the given file), kept (whether the file has it); with a
-            judge also metric, of the plans that came before it.
-        boxes: By simulated compiler, signal to noise of the outputs in dB: given and hardened.
+        steps: A row per trial: step, detail, on (the steps before), exact, float_db (signal to noise in float;
+            float_px or the like by another measure), noise (mean of the simulated compilers), gain_db (below the given
+            file), kept (whether the file has it); with a judge also metric, of the plans that came before it.
+        boxes: By simulated compiler, the outputs' number by `measure` (signal to noise in dB): given and hardened.
         scored: A row for the float file and one per granularity of the simulated compilers with minmax ranges: given
             and hardened (metric on the scored labels), drop of the hardened against the float file as given, drop_low
             and drop_high (95 % interval); empty without labels.
         clips: Columns low and high by tensor, of the clips in the file.
-        float_noise: Noise of the float file's own outputs, as a share of the signal.
+        float_noise: Noise of the float file's own outputs, as a share of the signal or by another measure.
+        measure: How noise was measured.
     """
 
     path: Path
@@ -322,6 +334,7 @@ class Hardened:
     clips: pd.DataFrame
     float_noise: float
     scored: pd.DataFrame
+    measure: NoiseMeasure = noise_shares
 
 
 def harden_model(
@@ -368,5 +381,5 @@ def harden_model(
     path = save_quantized(best.graph, output, {k: v for k, v in request.items() if k != "profile"} | notes)
     plans = {"given": search.first, "hardened": best}
     noise = pd.DataFrame({name: search.noises(plan.graph, plan.stats, BOXES) for name, plan in plans.items()})
-    boxes = noise.apply(lambda column: decibels(1.0, column))
-    return Hardened(path, options.weights, table, boxes, clips, best.float_noise, _scored(search, best))
+    boxes = noise.map(search.by.number)
+    return Hardened(path, options.weights, table, boxes, clips, best.float_noise, _scored(search, best), search.by)

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.similarity import decibels
 from .black_boxes import ort_static
-from .sensitivity import NoiseMeasure, Outputs, noise_ratio, noise_shares
+from .sensitivity import NoiseMeasure, Outputs, as_measure, noise_ratio, noise_shares
 
 # %% ../../nbs/quant/24_judge.ipynb #cell-7
 def judge_files(
@@ -38,7 +37,7 @@ def judge_files(
 
     Returns:
         A row per file: float (signal to noise of the float file itself), per tensor and per channel (of its INT8
-        files), all in dB.
+        files), all in dB or in the unit of the measure.
     """
     rows = {}
     for name, path in files.items():
@@ -47,7 +46,7 @@ def judge_files(
             for words, wide in (("per tensor", False), ("per channel", True))
         }
         rows[name] = {
-            words: float(decibels(1.0, noise_ratio(reference, file_outputs(file, scored), noise)))
+            words: as_measure(noise).number(noise_ratio(reference, file_outputs(file, scored), noise))
             for words, file in {"float": path, **int8}.items()
         }
     return pd.DataFrame.from_dict(rows, orient="index")

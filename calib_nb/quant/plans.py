@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.similarity import decibels
-from ..graph.layers import get_weight, layers, set_weight
+from ..core.errors import InputError
+from ..graph.layers import aliases, get_weight, layers, set_weight
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from .adaround import adaround
@@ -33,7 +33,17 @@ from calib_nb.quant.quantize import (
 )
 from .range_search import Pace, expected_seconds
 from .ranges import ranges
-from .sensitivity import Judge, noise_ratio, outputs_of, sensitivity, smooth
+from calib_nb.quant.sensitivity import (
+    Judge,
+    NoiseMeasure,
+    NoiseParts,
+    as_measure,
+    counted_ranges,
+    measured_outputs,
+    outputs_of,
+    sensitivity,
+    smooth,
+)
 from .stats import ActivationStats
 from .target import Profile
 from .write import stored_weights, write_qdq
@@ -51,6 +61,7 @@ class Plan:
         float_nodes: Names of nodes kept in float.
         wide_nodes: Names of nodes with 16-bit activations.
         table: Columns low and high per tensor, chosen one by one; None for those of the method.
+        limits: Low and high by name of an output, beyond which no value counts.
     """
 
     graph: Graph
@@ -60,6 +71,7 @@ class Plan:
     float_nodes: tuple[str, ...] = ()
     wide_nodes: tuple[str, ...] = ()
     table: pd.DataFrame | None = None
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     _known: dict = field(default_factory=dict, compare=False, repr=False)
 
     def observed(self, method: str) -> pd.DataFrame:
@@ -68,7 +80,18 @@ class Plan:
         if stats is not self.stats:
             table = ranges(self.stats, method)
             self._known[method] = self.stats, table
-        return clip_ranges(table, self.stats) if self.clip else table
+        return self._limited(clip_ranges(table, self.stats) if self.clip else table)
+
+    def _limited(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Ranges cut to the limits of outputs that nothing else in the graph reads."""
+        same, cut = aliases(self.graph), table.copy()
+        for name, (low, high) in self.limits.items():
+            tensor = same.get(name, name)
+            names = {tensor, *(other for other, source in same.items() if source == tensor)}
+            readers = [n for one in names for n in self.graph.consumers(one) if n.output[0] not in names]
+            if tensor in cut.index and not readers:
+                cut.loc[tensor, ["low", "high"]] = max(cut.low[tensor], low), min(cut.high[tensor], high)
+        return cut
 
     def ranges(self) -> pd.DataFrame:
         """Columns low and high per tensor, as they are written."""
@@ -76,7 +99,7 @@ class Plan:
 
 # %% ../../nbs/quant/17_plans.ipynb #cell-11
 CANDIDATES = 6  # plans that come before a judge, at most
-STEP_COLUMNS = ["step", "detail", "on", "noise", "gain_db", "kept"]
+STEP_COLUMNS = ["step", "detail", "on", "noise", "gain_db", "error_db", "kept"]
 _RUNS = 15  # of the network for each image, at most, in the search for ranges
 _MOST = 32  # images that are held in memory for what needs more than statistics
 
@@ -89,24 +112,47 @@ class PlanOptions(QuantizeOptions):
         width: How many plans each repair is tried on, the least noisy ones so far; at least 1.
         threads: Threads of ONNX Runtime.
         judge: The task's metric on labelled images, which has the last word about the best plans.
-        goal_db: SQNR of the outputs, dB, at which no further node gets 16 bits or float, on a target that has 16-bit
-            activations.
+        errors: How many of its standard errors over the tuning images the gain of a step must exceed for the step to be
+            kept; None for what the measure says.
+        goal: Noise in the unit of its measure (SQNR in dB, pixels, ...) at which no further node gets 16 bits or float,
+            on a target that has 16-bit activations; None for what the measure says.
+        goal_db: The same, for noise that is measured in dB.
     """
 
     width: int = 3
     threads: int = 2
     judge: Judge | None = None
-    goal_db: float = 30.0
+    errors: float | None = None
+    goal: float | None = None
+    goal_db: float | None = None
+
+    def goal_of(self, measure: NoiseMeasure) -> float:
+        """The noise, by a measure, that needs no improvement.
+
+        Raises:
+            InputError: The goal is in dB, and the noise is not.
+        """
+        if self.goal_db is None:
+            return measure.noise_at(measure.goal if self.goal is None else self.goal)
+        if measure.unit != "dB":
+            what = f"goal_db {self.goal_db:g}, and {measure.name} in {measure.unit}"
+            raise InputError(what, expected=f"goal, in {measure.unit}", fix=f"goal={measure.goal:g} is usual")
+        return measure.noise_at(self.goal_db)
 
 
 @dataclass(frozen=True)
 class TriedPlan:
-    """A plan, its noise on the tuning images, the rows of the trials that led to it, and what it was made of."""
+    """A plan, its noise on each tuning image, the rows of the trials that led to it, and what it was made of."""
 
     plan: Plan
-    noise: float
+    parts: NoiseParts
     path: tuple[int, ...]
     on: "TriedPlan | None" = None
+
+    @property
+    def noise(self) -> float:
+        """Noise on the tuning images, one number."""
+        return self.parts.ratio
 
     def chain(self) -> list["TriedPlan"]:
         """This plan, what it was made of, and so on."""
@@ -135,8 +181,15 @@ class PlanSearch:
         )
         self.threads, self.progress, self.names = self.options.threads, self.options.progress, tensor_names(given)
         self.runs = _RUNS * (len(self.calibration) + len(self.tuning))
-        self.how = {"noise": self.options.noise, "threads": self.threads, "progress": self.progress}
         self.reference = outputs_of(given, self.tuning_inputs, threads=self.threads)
+        self.by = as_measure(self.options.noise).on(self.reference)
+        self.goal = self.options.goal_of(self.by)
+        self.errors = self.by.errors if self.options.errors is None else self.options.errors
+        counted = (
+            counted_ranges(self.by, outputs_of(given, self.inputs, threads=self.threads)) if self.by.counted else {}
+        )
+        self.limits = {measured_outputs(given)[k]: ends for k, ends in counted.items()}
+        self.how = {"noise": self.by, "threads": self.threads, "progress": self.progress}
         self.simple = plain_graph(given, self.target)
         device = rewrite(self.simple)
         began = time.perf_counter()
@@ -157,28 +210,32 @@ class PlanSearch:
 
     def trial(self) -> Trial:
         """What the finished network is run on."""
-        return Trial(self.tuning_inputs[:TRIALS], self.reference[:TRIALS], self.options.noise)
+        return Trial(self.tuning_inputs[:TRIALS], self.reference[:TRIALS], self.by)
 
     def written(self, plan: Plan) -> Graph:
         """A plan's INT8 form."""
         nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
         return write_qdq(plan.graph, plan.ranges(), self.target, **nodes)
 
-    def noise(self, plan: Plan) -> float:
-        """Noise of a plan's INT8 form on the tuning images."""
+    def parts(self, plan: Plan) -> NoiseParts:
+        """Noise of a plan's INT8 form on each tuning image."""
         began, int8 = time.perf_counter(), self.written(plan)
         wrote = time.perf_counter()
         outputs = outputs_of(int8, self.tuning_inputs, threads=self.threads)
         self.pace = replace(self.pace, write=wrote - began, run=time.perf_counter() - wrote)
-        return noise_ratio(self.reference, outputs, self.options.noise)
+        return self.by.parts(self.reference, outputs)
 
     def sensitivity(self, plan: Plan, target: Profile) -> pd.DataFrame:
         """The noise that each node of a plan makes alone on a target."""
         return sensitivity(plan.graph, plan.ranges(), target, self.inputs[:16], **self.how)
 
+    def better(self, tried: TriedPlan, before: TriedPlan) -> bool:
+        """Whether a plan is less noisy than another by more than the error of that."""
+        return tried.parts.surely_below(before.parts, self.errors)
+
     def reached(self, tried: TriedPlan) -> bool:
         """Whether a target with 16-bit activations has no need of more of them, nor of float."""
-        return self.target.wide_nodes > 0 and tried.noise <= 10 ** (-self.options.goal_db / 10)
+        return self.target.wide_nodes > 0 and tried.noise <= self.goal
 
     def forecast(self, steps: Sequence[str]) -> str:
         """How long some steps take, in words."""
@@ -188,22 +245,22 @@ class PlanSearch:
 
     def measure(self, plan: Plan, step: str, detail: str, on: TriedPlan | None = None) -> TriedPlan:
         """A plan that was made of another one, with its noise and a row in the table."""
-        noise, path = self.noise(plan), on.path if on else ()
+        parts, path = self.parts(plan), on.path if on else ()
         before = [self.rows[k][:2] for k in path]
         made_of = " + ".join(detail if step == "methods" else step for step, detail in before)
-        self.rows.append((step, detail, made_of, noise))
-        tried = TriedPlan(plan, noise, (*path, len(self.rows) - 1), on)
+        self.rows.append((step, detail, made_of, parts))
+        tried = TriedPlan(plan, parts, (*path, len(self.rows) - 1), on)
         if self.options.judge is not None:
             self.least = sorted([*self.least, tried], key=lambda one: one.noise)[:CANDIDATES]
         return tried
 
     def table(self, best: TriedPlan) -> pd.DataFrame:
         """One row per trial; those that `best` is made of are kept."""
-        gains = (float(decibels(self.rows[0][3], row[3])) for row in self.rows)
-        rows = [(*row, gain, k in best.path) for k, (row, gain) in enumerate(zip(self.rows, gains))]
+        first = self.rows[0][3]
+        rows = [(*row[:3], row[3].ratio, *row[3].gain(first), k in best.path) for k, row in enumerate(self.rows)]
         return pd.DataFrame(rows, columns=STEP_COLUMNS)
 
-# %% ../../nbs/quant/17_plans.ipynb #cell-14
+# %% ../../nbs/quant/17_plans.ipynb #cell-16
 def _equalized(search: PlanSearch, plan: Plan) -> Plan | None:
     even = rewrite(equalize(search.simple, search.inputs, per_channel=search.target.weight_per_channel))
     return _changed(search, plan, even)

@@ -28,7 +28,7 @@ from ..graph.simplify import simplify
 from .bias_clip import bound_ranges, mask_ranges
 from .observe import ObserveOptions, array_digest, network_input, observe
 from .ranges import RANGE_METHODS, ranges
-from .sensitivity import NoiseMeasure, measured_outputs, noise_ratio, noise_shares, outputs_of
+from .sensitivity import NoiseMeasure, as_measure, measured_outputs, noise_ratio, noise_shares, outputs_of
 from .stats import ActivationStats
 from .target import Profile
 from .target import profile as find_profile
@@ -51,8 +51,9 @@ class QuantizedModel:
         int8_share: Share of the multiply-accumulates in INT8, 0 to 1.
         float_nodes: Names of the nodes kept in float by choice.
         wide_tensors: Number of tensors stored as 16-bit codes.
-        noise: Noise of the outputs as a share of their signal, on some of the images; see `sensitivity.noise_ratio`.
-            NaN where that was not measured.
+        noise: Noise of the outputs on some of the images, by `measure`; NaN where that was not measured.
+        measure: How noise was measured; `measure.text(noise)` says it in words.
+        share: Noise of the outputs as a share of their signal, where `measure` is something else.
     """
 
     path: Path
@@ -67,19 +68,23 @@ class QuantizedModel:
     float_nodes: tuple[str, ...] = ()
     wide_tensors: int = 0
     noise: float = float("nan")
+    measure: NoiseMeasure = noise_shares
+    share: float = float("nan")
 
     @property
     def output_db(self) -> float:
         """Signal to noise of the outputs, dB, -120 to 120."""
-        return float(decibels(1.0, self.noise))
+        return float(decibels(1.0, self.noise if self.measure.unit == "dB" else self.share))
 
     @property
     def usable(self) -> bool:
-        """Whether the outputs are not below `FLOOR_DB`."""
+        """Whether the outputs are not below `FLOOR_DB`, or not beyond the floor of another measure."""
+        if self.measure.unit != "dB":
+            return not self.noise > self.measure.noise_at(self.measure.floor)
         return not self.output_db < FLOOR_DB
 
 
-FLOOR_DB = 6.0  # a quarter of the signal is noise: half an amplitude
+FLOOR_DB = noise_shares.floor
 _HISTORY = "calib_nb."
 _OLD_KEYS = {"floats": "float_nodes"}  # files of earlier versions
 
@@ -281,6 +286,11 @@ class Trial:
     outputs: Sequence[Sequence[np.ndarray]]
     noise: NoiseMeasure = noise_shares
 
+    @property
+    def measure(self) -> NoiseMeasure:
+        """The measure of noise; `noise_shares` where no output shows what that measures."""
+        return as_measure(self.noise).on(self.outputs)
+
 
 # Their outputs jump where their inputs move by a step, which proves nothing about a kernel.
 _JUMPING = {"ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "GatherElements", "GatherND", "Greater", "GreaterOrEqual",
@@ -327,7 +337,7 @@ def _differing_node(graph: Graph, inputs: Sequence[np.ndarray]):
     return None if before & _JUMPING else node
 
 
-def check_runs(graph: Graph, trial: Trial) -> float:
+def check_runs(graph: Graph, trial: Trial) -> tuple[float, float]:
     """Run a QDQ network with ONNX Runtime's optimizer and without, and compare both with the float model.
 
     Args:
@@ -335,7 +345,7 @@ def check_runs(graph: Graph, trial: Trial) -> float:
         trial: What it is run on.
 
     Returns:
-        Noise of the outputs, with the optimizer; see `sensitivity.noise_ratio`.
+        Noise of the outputs with the optimizer, by the trial's measure and as a share of the signal.
 
     Raises:
         ModelError: ONNX Runtime refuses a node, or its integer kernel computes something else; the node is named.
@@ -356,7 +366,7 @@ def check_runs(graph: Graph, trial: Trial) -> float:
         worst = int(np.argmax(fast - plain))
         figures = f"{decibels(1.0, fast[worst]):.1f} dB instead of {decibels(1.0, plain[worst]):.1f} dB at the output"
         raise ModelError(f"{what}: {figures}", fix=fix)
-    return noise_ratio(trial.outputs, answers[1], trial.noise)
+    return tuple(noise_ratio(trial.outputs, answers[1], measure) for measure in (trial.measure, noise_shares))
 
 # %% ../../nbs/quant/15_quantize.ipynb #cell-34
 def check_request(
@@ -429,7 +439,7 @@ def write_int8_model(
         raise ModelError(
             f"no operator of {Path(model).name} can be quantized", expected=expected, fix="is this the whole model?"
         )
-    noise = check_runs(int8, trial) if trial is not None else float("nan")
+    noise, signal_share = check_runs(int8, trial) if trial is not None else [float("nan")] * 2
     notes, wide = {"int8_share": f"{share:.4f}", "float_nodes": json.dumps(list(float_nodes))}, wide_tensors(int8)
     notes |= {"wide_tensors": json.dumps(wide)} if wide else {}
     path = save_quantized(int8, output, history | notes)
@@ -447,6 +457,8 @@ def write_int8_model(
         float_nodes=tuple(float_nodes),
         wide_tensors=len(wide),
         noise=noise,
+        measure=trial.measure if trial is not None else noise_shares,
+        share=signal_share,
     )
 
 # %% ../../nbs/quant/15_quantize.ipynb #cell-37
