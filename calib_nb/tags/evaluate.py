@@ -21,7 +21,7 @@ from ..analysis.compare import latency, run_model
 from ..core.errors import ModelError
 from ..core.run import atomic_file
 from ..data.preprocess import Preprocess, preset
-from ..graph.contract import open_session, read_contract, single_input
+from ..graph.contract import open_session, read_contract, session_threads, single_input
 from ..graph.export import export_onnx
 from ..quant.observe import network_input
 from .coco import COCO_CATEGORIES, TagSet
@@ -36,13 +36,13 @@ class TorchSession:
     Args:
         module: The network; it is put into eval mode.
         size: Side of its square input, pixels.
-        threads: Of torch, while it runs.
+        threads: Of torch, while it runs; no more than `OMP_NUM_THREADS` where that is set.
 
     Source: onnxruntime.InferenceSession.
     """
 
     def __init__(self, module, size: int, threads: int = 2):
-        self.module, self.size, self.threads = module.eval(), size, threads
+        self.module, self.size, self.threads = module.eval(), size, session_threads(threads)
 
     def get_inputs(self) -> list:
         """The one input, float32 [1,3,size,size]."""
