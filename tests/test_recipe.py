@@ -10,16 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import network, scale
+from typer.testing import CliRunner
 
 from calib_nb.analysis.compare import compare_models
 from calib_nb.analysis.label_judge import Labels, label_halves, label_judges
 from calib_nb.analysis.tasks import TaskKind
+from calib_nb.commands.quant import app as quant_app
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import sha256_file
+from calib_nb.faces.demo import demo_detector
+from calib_nb.faces.demo_drawings import drawn_scenes
 from calib_nb.faces.verification import VerificationTask
 from calib_nb.graph.build import network as build_network
 from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
+from calib_nb.npu.config import generate_config, save_config
 from calib_nb.quant.mixed import choose_float_nodes
 from calib_nb.quant.quantize import read_history
 from calib_nb.quant.recipe import STEPS, auto, quantize_by, split_images
@@ -266,3 +271,13 @@ def test_the_error_of_a_gain_is_that_of_the_jackknife():
     expected = gain(np.arange(12)), np.sqrt(11 / 12 * np.square(np.array(left_out) - np.mean(left_out)).sum())
     assert after.gain(before) == pytest.approx(expected)
     assert after.surely_below(after) is False and NoiseParts(after.values / 2, weights).surely_below(after)
+
+
+def test_the_shell_shows_pixels_for_a_yunet(tmp_path):
+    drawn_scenes(tmp_path / "faces", 6, size=(320, 240))
+    model, config = demo_detector(), tmp_path / "c.json"
+    save_config(generate_config("yunet", tmp_path / "faces" / "ub" / "images", model=model), config)
+    line = f"quantize --model {model} --config {config} --output {tmp_path / 'q.onnx'} --method minmax"
+    result = CliRunner().invoke(quant_app, line.split())
+    assert result.exit_code == 0 and re.search(r"drift of faces on some of them: 0\.\d+ px", result.output)
+    assert "dB" not in result.output
