@@ -379,8 +379,8 @@ def test_quantize_on_a_cluster_writes_the_same_bytes(photos, tmp_path):
     assert (tmp_path / "far.onnx").read_bytes() == (tmp_path / "near.onnx").read_bytes()
 
 
-@pytest.mark.slow  # a kernel and what it imports
-def test_a_report_uses_the_cluster_that_is_in_use(client, tmp_path):
+def where_notebook(path):
+    """A notebook that writes where its work was done."""
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     )
@@ -391,10 +391,55 @@ def test_a_report_uses_the_cluster_that_is_in_use(client, tmp_path):
         "Path(run_dir, 'where.txt').write_text(' '.join(map(str, found)))"
     )
     notebook.cells = [parameters, nbformat.v4.new_code_cell(source)]
-    nbformat.write(notebook, tmp_path / "where.ipynb")
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.slow  # a kernel and what it imports
+def test_a_report_uses_the_cluster_that_is_in_use(client, tmp_path):
+    where_notebook(tmp_path / "where.ipynb")
     with cluster(client):
         far = run_report(str(tmp_path / "where.ipynb"), folder=tmp_path / "far", progress=False)
     notebook, alone = str(tmp_path / "where.ipynb"), contextvars.Context()  # the module's client is not in use there
     near = alone.run(run_report, notebook, folder=tmp_path / "near", progress=False)
     assert set(map(int, (far.folder / "where.txt").read_text().split())) <= set(pids(client))
     assert not set(map(int, (near.folder / "where.txt").read_text().split())) & set(pids(client))
+
+
+TLS_WORK = """
+import os, sys
+from pathlib import Path
+from calib_nb.core.cluster import cluster
+from calib_nb.core.errors import InputError
+from calib_nb.report import run_report
+address, notebook, folder = sys.argv[1:]
+try:
+    with cluster(address):
+        done = run_report(notebook, folder=Path(folder), progress=False)
+    print((done.folder / "where.txt").read_text())
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_report_uses_a_cluster_with_tls_by_the_certificates_of_dasks_configuration(tmp_path):
+    from distributed import LocalCluster, Security
+
+    where_notebook(tmp_path / "where.ipynb")
+    security, certificates = Security.temporary(), {}
+    for role, name, text in [
+        ("CA_FILE", "ca.pem", security.tls_ca_file),
+        *((f"{role}__CERT", "cert.pem", security.tls_client_cert) for role in ("CLIENT", "WORKER", "SCHEDULER")),
+        *((f"{role}__KEY", "key.pem", security.tls_client_key) for role in ("CLIENT", "WORKER", "SCHEDULER")),
+    ]:
+        (tmp_path / name).write_text(text)
+        certificates[f"DASK_DISTRIBUTED__COMM__TLS__{role}"] = str(tmp_path / name)
+    with LocalCluster(n_workers=1, threads_per_worker=1, security=security, dashboard_address=None) as local:
+        ids = [str(worker.pid) for worker in local.workers.values()]
+        words = [sys.executable, "-c", TLS_WORK, local.scheduler_address, str(tmp_path / "where.ipynb")]
+        said = [
+            subprocess.run([*words, str(tmp_path / f"run{k}")], env=os.environ | extra, capture_output=True, text=True)
+            for k, extra in enumerate((certificates, {}))
+        ]
+    assert local.scheduler_address.startswith("tls://") and said[0].stdout.split() == ids, said[0].stderr[-500:]
+    assert "no certificates for tls://" in said[1].stdout and "Traceback" not in said[1].stderr

@@ -361,6 +361,9 @@ def _remote_client(where: str, stack: contextlib.ExitStack):
 
     try:
         return stack.enter_context(Client(where, timeout="15s"))
+    except TypeError as e:  # Dask's own, of a scheduler with TLS whose certificates nobody named
+        fix = "name them in Dask's configuration: distributed.comm.tls, a file or DASK_DISTRIBUTED__COMM__TLS__CA_FILE"
+        raise InputError(f"no certificates for {where}", expected="a CA, a certificate and a key", fix=fix) from e
     except (OSError, ValueError) as e:
         fix = "start it with: dask scheduler, and workers with: dask worker ADDRESS"
         raise InputError(f"no scheduler answers at {where}", expected="tcp://HOST:8786, or local:4", fix=fix) from e
