@@ -37,6 +37,8 @@ class Profile:
         float_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
         wide_nodes: Share (0..1) of the computing nodes that a recipe may give 16-bit activations where they hurt,
             before it keeps any in float; 0 for a target without them.
+        float_where_faster: Whether nodes stay in float that integer kernels slow down, as far as shapes tell;
+            see `units.faster_in_float`.
         avx2_safe: Whether weights are held back so that two neighbouring products fit into 16 bits, as x86 processors
             with AVX2 and without VNNI need; it costs accuracy, and nothing else needs it.
         about: A sentence that says where the facts are from.
@@ -60,6 +62,7 @@ class Profile:
     float_nodes: float = 1.0
     float_macs: float = 0.01
     wide_nodes: float = 0.0
+    float_where_faster: bool = False
     avx2_safe: bool = False
     about: str = ""
 
@@ -149,6 +152,7 @@ PROFILES = {
                 "Softmax",
             ),  # fmt: skip
             float_between=True,
+            float_where_faster=True,
             avx2_safe=True,
             about="ONNX Runtime on x86 and Arm CPUs, where uint8 activations with int8 weights are fast.",
         ),

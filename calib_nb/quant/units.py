@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDEST', 'LINEAR', 'softmax_range', 'KnownRanges', 'shares_codes', 'inner_tensors', 'computing', 'products_only',
-           'int8_operators', 'UnitPlan']
+           'int8_operators', 'faster_in_float', 'UnitPlan']
 
 # %% ../../nbs/quant/11_units.ipynb #cell-2
 from collections.abc import Collection
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError, suggest
-from ..graph.layers import activations, aliases, layers
+from ..graph.layers import activations, aliases, layers, macs
 from ..graph.model import Graph, attribute
 from .equalize import clip_bounds
 from .target import Profile
@@ -163,6 +163,36 @@ def int8_operators(graph: Graph, profile: Profile) -> tuple[str, ...] | None:
     return tuple(op for op in operators if op not in profile.float_operators)
 
 # %% ../../nbs/quant/11_units.ipynb #cell-24
+_TIMES = {"Resize": (450, 2500), "MaxPool": (1500, 1200)}  # picoseconds for a value written, in float and in INT8
+_CROSSING, _POOLED = (
+    1000,
+    30_000,
+)  # of a value that a Q or DQ passes on; of one that a uint8 MaxPool behind float writes
+_GAIN, _SHARE = 10**9, 0.2  # least gain: picoseconds, and share of the time; the sum of parts is no better than that
+_NEVER = 10**15
+
+
+def _size(graph: Graph, tensor: str) -> int:
+    return int(np.prod(graph.shape(tensor) or (0,), dtype=np.int64))
+
+
+def _times(graph: Graph, node, macs: int, operators: Collection[str]) -> tuple[int, int]:
+    """Picoseconds that a node takes in float and in INT8."""
+    out = _size(graph, node.output[0])
+    if node.op_type in LINEAR:
+        window, kernel = 0, graph.shape(node.input[1]) or ()
+        if node.op_type == "Conv" and np.prod(kernel[2:]) > 1:
+            narrow = kernel[1] < 4 and attribute(node, "group", 1) == 1
+            positions = int(np.prod(graph.shape(node.output[0])[2:], dtype=np.int64))
+            window = positions * (95_000 if narrow else 3_500 * int(np.prod(kernel[2:])))
+        return 16 * macs + 500 * out, 5 * macs + 300 * out + window
+    if node.op_type in _TIMES:
+        return tuple(time * out for time in _TIMES[node.op_type])
+    if node.op_type in ("Relu", "Clip", *_MOVES):
+        return 0, 0
+    return 500 * out, 300 * out if node.op_type in operators else _NEVER
+
+
 def _units(graph: Graph, inside: dict[str, object]) -> dict[str, str]:
     """Node name -> name of the node that leads its unit."""
     unit = {}
@@ -172,6 +202,61 @@ def _units(graph: Graph, inside: dict[str, object]) -> dict[str, str]:
     return unit
 
 
+def faster_in_float(graph: Graph, profile: Profile) -> set[str]:
+    """Names of the nodes that ONNX Runtime computes faster in float, for a network that gains much by it.
+
+    Args:
+        graph: A simplified float graph.
+        profile: The target; without `float_where_faster`, or with other than 8 bits, there are none.
+
+    Returns:
+        Names, every node of a unit; empty where only products go to INT8, with float between them.
+
+    Source: Ford and Fulkerson 1956, "Maximal flow through a network".
+    """
+    eight = profile.activation_bits == profile.weight_bits == 8
+    if not profile.float_where_faster or not eight or products_only(graph, profile):
+        return set()
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+    unit, table, operators = _units(graph, inner_tensors(graph)), macs(graph), int8_operators(graph, profile) or ()
+    place = {name: k + 2 for k, name in enumerate(dict.fromkeys(unit.values()))}
+    counted, edges, all_int8 = dict(zip(table.node, table.macs)), [], 0
+    int8, float_ = 0, 1  # the two sides of the cut
+    for n in graph.nodes:
+        if not graph.is_float(n.output[0]):
+            continue
+        at, (in_float, in_int8) = place[unit[n.name]], _times(graph, n, int(counted[n.name]), operators)
+        edges += [(int8, at, in_float), (at, float_, in_int8)]
+        all_int8 += in_int8 if in_int8 < _NEVER else in_float
+        for name in dict.fromkeys(n.input):
+            if not name or name in graph.constants or not graph.is_float(name):
+                continue
+            maker = graph.producer(name)
+            before, pooled = float_ if maker is None else place[unit[maker.name]], 0
+            if n.op_type == "MaxPool":
+                pooled = _POOLED * _size(graph, n.output[0])
+            elif maker is not None and maker.op_type == "MaxPool":
+                pooled = _POOLED * _size(graph, name)
+            if before != at:
+                edges.append((at, before, _CROSSING * _size(graph, name) + pooled))
+                edges.append((before, at, _CROSSING * _size(graph, name)))
+    start, end, time = (np.array(part) for part in zip(*edges))
+    time = np.minimum(time // 1000, 10**9).astype(np.int32)
+    network = coo_matrix((time, (start, end)), shape=(len(place) + 2,) * 2).tocsr()
+    flow = maximum_flow(network, int8, float_)
+    if all_int8 - flow.flow_value * 1000 < max(_GAIN, _SHARE * all_int8):
+        return set()
+    rest = network - flow.flow
+    rest.data = np.maximum(rest.data, 0)
+    rest.eliminate_zeros()
+    stays = set(breadth_first_order(rest, int8, return_predecessors=False).tolist())
+    if not any(n.op_type in LINEAR and place[unit[n.name]] in stays for n in graph.nodes):
+        return set()  # who asks for INT8 gets some
+    return {name for name, leader in unit.items() if place[leader] not in stays}
+
+# %% ../../nbs/quant/11_units.ipynb #cell-28
 class UnitPlan:
     """Which nodes go to INT8 and where their units end."""
 
@@ -179,7 +264,7 @@ class UnitPlan:
         self.graph, self.ranges, self.profile = graph, ranges, profile
         self.inside, self.between = inner_tensors(graph), products_only(graph, profile)
         self.unit = _units(graph, self.inside)
-        self.operator = {n.name: n.op_type for n in graph.nodes}
+        self.operator, self.slow = {n.name: n.op_type for n in graph.nodes}, faster_in_float(graph, profile)
         self.layers = {layer.node.output[0]: layer for layer in layers(graph)}
 
     def led(self, names: Collection[str]) -> set[str]:
@@ -191,7 +276,7 @@ class UnitPlan:
 
     def active(self, float_nodes: Collection[str], only: Collection[str] | None) -> set[str]:
         """Names of all nodes in INT8, those inside units too."""
-        leaders = set(_leaders(self.graph, self.ranges, self.inside)) - self.led(float_nodes)
+        leaders = set(_leaders(self.graph, self.ranges, self.inside)) - self.led(float_nodes) - self.slow
         wanted = leaders if only is None else leaders & self.led(only)
         operators = int8_operators(self.graph, self.profile)
         able = {n for n in wanted if operators is None or self.operator[n] in operators}
