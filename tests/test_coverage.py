@@ -96,6 +96,16 @@ def test_choice_is_the_same_in_any_order_and_grows(stats):
     assert sorted(choose_cover(stats, 500)) == sorted(stats.images)
 
 
+def test_more_images_reach_further_than_as_many_random_ones():
+    large = collect(observation(i) for i in range(700))
+    order = choose_cover(large, 300)
+    assert order[:128] == choose_cover(large, 128) and order[:256] == choose_cover(large, 256)
+    used = range_reach(large, like=256)
+    chosen = used[[large.images.index(name) for name in order[:256]]].max(0)
+    first = used[[large.images.index(name) for name in order[:128]]].max(0)
+    assert (chosen == 1).all() and first.min() < 1
+
+
 def test_few_chosen_images_clip_less_than_many_random_ones(stats):
     held = collect(observation(i, seed=1) for i in range(100))
     lost = [clipped_share(held, minmax(stats, choose_cover(stats, 8))).mean()]

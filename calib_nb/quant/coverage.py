@@ -109,6 +109,7 @@ def greedy_cover(
     quotas: Mapping | None = None,
     *,
     noise: "RangeNoise | None" = None,
+    taken: Sequence[int] = (),
 ) -> list[int]:
     """Take the row that adds most to `cover_value`, again and again.
 
@@ -118,6 +119,7 @@ def greedy_cover(
         strata: Stratum of each row, with `quotas`.
         quotas: Most rows of each stratum; a stratum without one gives none.
         noise: What the ranges of the rows cause, which is taken off the value; the bounds below are for none.
+        taken: Rows that were taken before and stay the first.
 
     Returns:
         Row numbers, in the order in which they were taken.
@@ -133,8 +135,11 @@ def greedy_cover(
     n = sizes.pop()
     left = None if quotas is None else dict(quotas)
     labels = np.zeros(n, int) if strata is None else np.asarray(strata)
-    free, taken = np.ones(n, bool), []
-    best = [np.zeros(table.shape[1]) for _, table in covers]
+    free, taken = np.ones(n, bool), list(taken)
+    free[taken] = False
+    best = [table[taken].max(0, initial=0) for _, table in covers]
+    for row in taken if left is not None else ():
+        left[labels[row]] -= 1
     while len(taken) < count:
         allowed = free if left is None else free & np.isin(labels, [s for s, number in left.items() if number > 0])
         if not allowed.any():
@@ -234,7 +239,7 @@ class RangeNoise:
         """Cost of each row beside those taken, in bits: sum of both binary logarithms, float64 [rows]."""
         return np.log2(self.shares(taken) + 1e-12).sum(1)
 
-# %% ../../nbs/quant/25_coverage.ipynb #cell-25
+# %% ../../nbs/quant/25_coverage.ipynb #cell-23
 @dataclass(frozen=True)
 class CoverOptions:
     """How images are weighed.
@@ -296,15 +301,19 @@ def choose_cover(
     features = pooled_features(stats, rows)
     step = -(-len(rows) // options.clients)
     whole = _ends(stats, rows, options.fence)[1].mean(1) >= 0.9
-    covers = [
-        (options.reach * 2.0 ** (options.bits - 8), range_reach(stats, rows, fence=options.fence)),
-        (options.likeness, likeness(features, features[::step]) * whole[:, None]),
-    ]
+    alike = (options.likeness, likeness(features, features[::step]) * whole[:, None])
     labels = None if strata is None else np.array([strata[name] for name in names], dtype=object)
     noise = RangeNoise(stats, rows, bits=options.bits, fence=options.fence) if options.noise else None
-    return [names[row] for row in greedy_cover(covers, count, labels, quotas, noise=noise)]
+    taken, weight, like = [], options.reach * 2.0 ** (options.bits - 8), 128
+    while True:
+        covers = [(weight, range_reach(stats, rows, fence=options.fence, like=like)), alike]
+        size = min(count, like)
+        taken = greedy_cover(covers, size, labels, quotas, noise=noise, taken=taken)
+        if len(taken) < size or size == count:  # none is left, or all are chosen
+            return [names[row] for row in taken]
+        like *= 2
 
-# %% ../../nbs/quant/25_coverage.ipynb #cell-28
+# %% ../../nbs/quant/25_coverage.ipynb #cell-26
 def clipped_share(stats: ActivationStats, ranges: pd.DataFrame) -> np.ndarray:
     """Share of the values of each image and tensor that lie outside a range.
 
@@ -350,7 +359,7 @@ def range_recall(stats: ActivationStats, ranges: pd.DataFrame) -> float:
     used = high > low
     return float((inside[used] / (high - low)[used]).mean()) if used.any() else 1.0
 
-# %% ../../nbs/quant/25_coverage.ipynb #cell-32
+# %% ../../nbs/quant/25_coverage.ipynb #cell-30
 def selectq(stats: ActivationStats, count: int, *, seed: int = 0, rounds: int = 20) -> list[str]:
     """Choose the image nearest to each centroid of clustered activation statistics: a baseline.
 
