@@ -147,6 +147,7 @@ def evaluate(
 ):
     """Score a tagger: mAP, precision, recall and F1, the best threshold, size, latency, and every category."""
     from calib_nb.core.run import atomic_file
+    from calib_nb.graph.contract import session_threads
     from calib_nb.report import text_table
     from calib_nb.tags.coco import load_coco
     from calib_nb.tags.evaluate import evaluate_tagger
@@ -160,7 +161,8 @@ def evaluate(
     categories = scores.per_class.sort_values("average_precision", ascending=False)
     typer.echo(
         f"{text_table(categories)}\n\n{tagger.path.name}: mAP {scores.map:.4f} on {scores.photos} images, "
-        f"{scores.size_mb:.2f} MB, {scores.latency_ms:.1f} ms (IQR {scores.latency_iqr_ms:.1f}), threads: {threads}\n"
+        f"{scores.size_mb:.2f} MB, {scores.latency_ms:.1f} ms (IQR {scores.latency_iqr_ms:.1f}), "
+        f"threads: {session_threads(threads)}\n"
         f"best threshold {scores.threshold:g}, found on {scores.photos - scores.scored} images; rates on the other "
         f"{scores.scored}:\n{text_table(scores.rates)}"
     )
