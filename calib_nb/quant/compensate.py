@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..core.errors import InputError
 from ..core.parallel import bar_switch
 from ..core.similarity import decibels
 from ..graph.model import Graph, attribute, load_graph, open_graph
