@@ -164,10 +164,8 @@ def int8_operators(graph: Graph, profile: Profile) -> tuple[str, ...] | None:
 
 # %% ../../nbs/quant/11_units.ipynb #cell-24
 _TIMES = {"Resize": (450, 2500), "MaxPool": (1500, 1200)}  # picoseconds for a value written, in float and in INT8
-_CROSSING, _POOLED = (
-    1000,
-    30_000,
-)  # of a value that a Q or DQ passes on; of one that a uint8 MaxPool behind float writes
+_CROSSING = 1000  # for a value that a Q or DQ passes on
+_POOLED = 30_000  # for one that a uint8 MaxPool behind float writes
 _GAIN, _SHARE = 10**9, 0.2  # least gain: picoseconds, and share of the time; the sum of parts is no better than that
 _NEVER = 10**15
 
