@@ -116,11 +116,10 @@ def _best_codes(weight: np.ndarray, codes: np.ndarray, spread: np.ndarray, input
 def _best_scales(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, inputs: np.ndarray, block: int):
     """Scales that fit given codes best, by least squares; a column where one is not above 0 stays as it is."""
     count, (rows, columns) = len(scales), codes.shape
-    padded = np.pad(codes, ((0, count * block - rows), (0, 0)))
-    whole = np.pad(inputs, (0, count * block - rows))
-    wanted = (
-        (padded * np.pad(inputs @ weight, ((0, count * block - rows), (0, 0)))).reshape(count, block, columns).sum(1)
-    )
+    lacking = count * block - rows
+    padded, aims = (np.pad(part, ((0, lacking), (0, 0))) for part in (codes, inputs @ weight))
+    whole = np.pad(inputs, (0, lacking))
+    wanted = (padded * aims).reshape(count, block, columns).sum(1)
     best = scales.copy()
     for n in range(columns):
         of = (padded[:, n, None] * whole * padded[:, n]).reshape(count, block, count, block).sum((1, 3))
