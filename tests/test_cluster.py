@@ -35,9 +35,19 @@ from calib_nb.report import run_report  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def client():
+def workers():
     with cluster("local:2") as client:
         yield client
+
+
+@pytest.fixture
+def client(workers):
+    """Two workers that answer: those that the test before killed may need seconds to start again."""
+    end = time.monotonic() + 60
+    while len(workers.run(os.getpid, on_error="ignore")) < 2:
+        assert time.monotonic() < end, "a killed worker was not started again"
+        time.sleep(0.1)
+    return workers
 
 
 @pytest.fixture(scope="module")
