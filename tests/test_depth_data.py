@@ -360,6 +360,16 @@ def test_a_killed_run_goes_on_and_ends_the_same(drawn, tmp_path):
     assert kept >= 11 and len(computed) <= entries - kept + 1  # a torn last line is measured again
 
 
+def test_a_split_of_millions_of_frames_is_read(tmp_path):
+    entry = '{"dataset_root": "synced_data/%s", "new_filename": "%d"}'
+    text = ",\n".join([entry % (scene, k) for scene in ("a", "./a", "b") for k in range(3)])
+    (tmp_path / "split.json").write_text("[" + text + " " * 70_000_000 + "]")  # as large as one of a million frames
+    split = read_split(tmp_path / "split.json")
+    assert split.entries.to_numpy().tolist() == [[f"synced_data/{scene}", str(k)] for scene in "ab" for k in range(3)]
+    assert split.rejected.detail.tolist() == [f"same as entry {k}" for k in range(3)]
+    assert split.entries.dataset_root[0] is split.entries.dataset_root[2]
+
+
 def test_a_changed_file_is_measured_again(tmp_path):
     entry = write_frame(tmp_path, "s", "f", np.full((4, 4), 512, np.uint16))
     (tmp_path / "train_split.json").write_text(json.dumps([entry]))

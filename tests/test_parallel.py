@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,33 @@ def test_journal_signature_and_foreign_file(tmp_path):
     with pytest.raises(InputError, match="not a journal"):
         quiet(abs, [1], journal=image)
     assert image.read_bytes() == b"\xff\xd8\xff\xe0"
+
+
+def test_a_journal_of_many_results_leaves_them_in_its_file(tmp_path):
+    keys, value = [f"frame {k:06d}" for k in range(1000)], {"depth": [0.5] * 50}
+    book = Journal(tmp_path / "j")
+    book.add((key, value) for key in keys)
+    book.add([(keys[7], "again")])
+    book.close()
+    tracemalloc.start()
+    try:
+        book = Journal(tmp_path / "j")
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert used < 1000 * 40 + 50_000  # bytes; the values alone take 450 each
+    assert len(book.done) == 1000 and list(book.done)[:7] == keys[:7] and "frame" not in book.done
+    assert all(book.done[key] == ("again" if key == keys[7] else value) for key in keys[::-1])
+    book.close()
+
+
+def test_of_two_keys_with_one_hash_none_gets_the_value_of_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "hash", lambda key: len(key), raising=False)
+    options = {"journal": tmp_path / "j", "key": str}
+    assert list(quiet(lambda x: -x, range(20), **options)) == [-x for x in range(20)]
+    calls = []
+    assert list(quiet(lambda x: calls.append(x) or -x, range(20), **options)) == [-x for x in range(20)]
+    assert len(calls) == 18  # one of each length was known
 
 
 def test_journal_values_are_the_same_fresh_and_resumed(tmp_path):

@@ -17,11 +17,15 @@ import platform
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from .errors import InputError, require_known
 from .run import lock_file, manifest_entries
@@ -32,11 +36,49 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/core/03_parallel.ipynb #cell-10
+class _Kept(Mapping):
+    """Values of a journal by key, read from the file when they are asked for; by one thread at a time.
+
+    Where two keys have the same hash, the earlier one is not known.
+
+    Args:
+        file: Open for reading.
+        hashes: Of the keys; the last of a key counts.
+        places: Where their lines begin.
+    """
+
+    def __init__(self, file: BinaryIO, hashes: array, places: array):
+        self._file, found = file, np.frombuffer(hashes, np.int64)[::-1]
+        self._hashes, last = np.unique(found, return_index=True)
+        self._places = np.frombuffer(places, np.int64)[::-1][last]
+
+    def _line(self, place: int) -> tuple[str, object]:
+        self._file.seek(place)
+        return json.loads(self._file.readline())
+
+    def __getitem__(self, key: str) -> object:
+        k = int(np.searchsorted(self._hashes, hash(key)))
+        if k < len(self._hashes) and self._hashes[k] == hash(key):
+            kept, value = self._line(int(self._places[k]))
+            if kept == key:
+                return value
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._line(place)[0] for place in np.sort(self._places).tolist())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"{len(self):,} results of {self._file.name}"
+
+
 class Journal:
     """Results in a JSON Lines file, for the run that continues a killed one.
 
-    `done` maps a key to its value, as an earlier run with the same signature left them. One writer at a time: a second
-    run is refused.
+    `done` maps a key to its value, as an earlier run with the same signature left them, until the journal is closed.
+    One writer at a time: a second run is refused.
 
     Args:
         path: The file; it is begun when it is missing or has another signature.
@@ -51,45 +93,47 @@ class Journal:
     def __init__(self, path: str | Path, signature: str = ""):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done: dict[str, object] = {}
+        self._hashes, self._places = array("q"), array("q")
         self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open until close())
+        self._left = open(path, "rb")  # noqa: SIM115
         try:
             if lock_file(self._file.fileno(), path) == "busy":
                 fix = "wait for it, or name another file"
                 raise InputError(f"another run is writing the journal {path}", fix=fix)
             self._begin(path, json.dumps({"calib_nb_journal": 1, "signature": signature}) + "\n")
         except BaseException:
-            self._file.close()
+            self.close()
             raise
+        self.done: Mapping[str, object] = _Kept(self._left, self._hashes, self._places)
 
     def _begin(self, path: Path, header: str) -> None:
         """Read what an earlier run with this header left, and cut off what it wrote in part."""
         whole = 0
         if path.stat().st_size:
-            with open(path, "rb") as f:
-                first = f.readline(1_000_000)
-                if not first.startswith(b'{"calib_nb_journal"'):
-                    expected = "a new name, or a journal of an earlier run"
-                    fix = "name another file; this one was left as it is"
-                    raise InputError(f"{path} is not a journal", expected=expected, fix=fix)
-                if first == header.encode():
-                    whole = len(first) + self._read(f)
+            first = self._left.readline(1_000_000)
+            if not first.startswith(b'{"calib_nb_journal"'):
+                expected = "a new name, or a journal of an earlier run"
+                fix = "name another file; this one was left as it is"
+                raise InputError(f"{path} is not a journal", expected=expected, fix=fix)
+            if first == header.encode():
+                whole = self._read(self._left, len(first))
         os.truncate(path, whole)
         if not whole:
             self._file.write(header)
             self._file.flush()
 
-    def _read(self, lines: Iterable[bytes]) -> int:
-        """Take the whole lines into `done`; returns their bytes."""
-        whole = 0
+    def _read(self, lines: Iterable[bytes], whole: int) -> int:
+        """Note the keys and places of the whole lines, the first at `whole`; returns where the last of them ends."""
         for line in lines:
             try:
-                key, value = json.loads(line)
-            except ValueError:
+                key, _ = json.loads(line)
+                known = hash(key)
+            except (ValueError, TypeError):
                 break
             if not line.endswith(b"\n"):
                 break
-            self.done[key] = value
+            self._hashes.append(known)
+            self._places.append(whole)
             whole += len(line)
         return whole
 
@@ -115,8 +159,9 @@ class Journal:
         return [json.loads(line)[1] for line in lines]
 
     def close(self) -> None:
-        """Close the file; what was added stays."""
+        """Close the file; what was added stays, and `done` can no longer be read."""
         self._file.close()
+        self._left.close()
 
 # %% ../../nbs/core/03_parallel.ipynb #cell-17
 def run_batch(
@@ -285,14 +330,17 @@ class _Threads:
         self.executor.shutdown(wait=all(future.done() for future in futures), cancel_futures=True)
 
 
+_NEW = object()  # in place of what the journal knows of an item
+
+
 class _Batch:
-    """Some items, which of them the journal knew, and the future of the others."""
+    """Some items, what the journal knew of them, and the future of the others."""
 
     def __init__(self, engine: _Threads, function: Callable, items: list, book: Journal | None, key: Callable):
         self.items = items
         self.keys = [key(item) for item in items] if book else [None] * len(items)
-        self.known = [book is not None and k in book.done for k in self.keys]
-        todo = [item for item, known in zip(items, self.known) if not known]
+        self.known = [book.done.get(k, _NEW) if book else _NEW for k in self.keys]
+        todo = [item for item, known in zip(items, self.known) if known is _NEW]
         self.future = engine.submit(function, todo) if todo else None
 
     def done(self) -> bool:
@@ -301,14 +349,14 @@ class _Batch:
     def record(self, book: Journal | None) -> list:
         """What was computed, kept in the journal when there is one; waits for it."""
         results = self.future.result()[0] if self.future else []
-        return book.add(zip((k for k, known in zip(self.keys, self.known) if not known), results)) if book else results
+        return book.add(zip((k for k, old in zip(self.keys, self.known) if old is _NEW), results)) if book else results
 
     def values(self, book: Journal | None) -> Iterator:
         """Values in the order of the items; the error of an item in its place."""
         computed = iter(self.record(book))
-        for item, k, known in zip(self.items, self.keys, self.known):
-            if known:
-                yield book.done[k]
+        for item, known in zip(self.items, self.known):
+            if known is not _NEW:
+                yield known
                 continue
             try:
                 value = next(computed)
@@ -366,7 +414,7 @@ def _ordered(function, source, engine, book, key, bar, progress) -> Iterator:
                             batch.record(book)
                 book.close()
 
-# %% ../../nbs/core/03_parallel.ipynb #77a511a5
+# %% ../../nbs/core/03_parallel.ipynb #cell-36
 # Processes of a cluster in use by the model of their processor; `core.cluster` sets it.
 workers_in_use: ContextVar[Mapping[str, int] | None] = ContextVar("workers_in_use", default=None)
 

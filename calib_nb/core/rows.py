@@ -193,11 +193,14 @@ def _mapped_member(path: str | Path, archive: zipfile.ZipFile, entry: zipfile.Zi
         return np.memmap(f, dtype, "r", offset=start, shape=shape)
 
 # %% ../../nbs/core/15_rows.ipynb #cell-17
+_TEXTS = 4096  # different ones of a column that are looked for again
+
+
 class _Column:
-    """Values of a column: packed while all are integers or floats, else a list."""
+    """Values of a column: packed while all are integers or floats, else a list, in which equal texts are one object."""
 
     def __init__(self):
-        self.values = array("q")
+        self.values, self.texts = array("q"), {}
 
     def add(self, value) -> None:
         kind = type(value)
@@ -212,7 +215,11 @@ class _Column:
                 self.values = array("d", self.values)
                 self.values.append(value)
                 return
-            self.values = list(self.values)
+            self.values = [x if x == x else np.nan for x in self.values]
+        if kind is str:
+            if len(self.texts) >= _TEXTS:
+                self.texts.clear()
+            value = self.texts.setdefault(value, value)
         self.values.append(value)
 
     def array(self):

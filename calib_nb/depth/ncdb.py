@@ -59,6 +59,10 @@ def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 # %% ../../nbs/depth/02_ncdb.ipynb #cell-18
+_SPLIT_MB = 2000  # of a split file, for some 20 million frames
+_normal = functools.lru_cache(maxsize=4096)(posixpath.normpath)  # frames of a scene share the text of its folder
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """A split file as it was read.
@@ -92,15 +96,17 @@ def check_entry(entry: object) -> tuple[str, str, str]:
         reason = "empty name"
     elif any(PurePosixPath(part).is_absolute() or PureWindowsPath(part).drive for part in (root, name)):
         reason = "absolute path"
-    elif any(posixpath.normpath(path).split("/")[0] == ".." for path in (root, posixpath.join(root, IMAGES, name))):
+    elif any(path.split("/")[0] == ".." for path in (_normal(root), posixpath.normpath(f"{root}/{IMAGES}/{name}"))):
         reason = "outside the data set"
     elif re.search(r"[/\\\0]", name) or name in (".", "..") or _text(root) != root or _text(name) != name:
         reason = "not a file name"
-    return _text(root) if reason else posixpath.normpath(root), _text(name), reason
+    return _text(root) if reason else _normal(root), _text(name), reason
 
 
 def _text(value: object) -> str:
     """`value` as a text that any file can hold."""
+    if isinstance(value, str) and value.isascii():
+        return value
     return "" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -116,20 +122,23 @@ def read_split(path: str | Path) -> Split:
     Raises:
         InputError: It is missing, is not JSON, or is not a list.
     """
-    entries = read_json(path)
+    entries = read_json(path, max_mb=_SPLIT_MB)
     if not isinstance(entries, list):
         raise InputError(
             f"{path} holds {'an object' if isinstance(entries, dict) else f'{entries!r:.40}'}, not a list",
             expected='[{"dataset_root": "synced_data/scene_001", "new_filename": "frame_0001"}, ...]',
         )
-    first, rows = {}, []
+    first, columns = {}, {"dataset_root": [], "filename": [], "reason": [], "detail": []}
     for number, entry in enumerate(entries):
+        entries[number] = None  # millions of them: let go of each as its row is there
         root, name, reason = check_entry(entry)
         detail = "" if not reason else f"{entry!r:.120}"
-        if not reason and first.setdefault((root, name), number) != number:
-            reason, detail = "duplicate", f"same as entry {first[root, name]}"
-        rows.append((root, name, reason, _text(detail)))
-    table = pd.DataFrame(rows, columns=["dataset_root", "filename", "reason", "detail"])
+        if not reason and (same := first.setdefault(root, {}).setdefault(name, number)) != number:
+            reason, detail = "duplicate", f"same as entry {same}"
+        for values, value in zip(columns.values(), (root, name, reason, _text(detail))):
+            values.append(value)
+    del entries, first
+    table = pd.DataFrame(columns)
     sound = table["reason"] == ""
     return Split(table.loc[sound, ["dataset_root", "filename"]], table[~sound])
 

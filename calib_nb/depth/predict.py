@@ -253,10 +253,11 @@ def predict_depth(
                 status = file.stat()
                 key, stem = f"{row['path']}|{status.st_size}|{status.st_mtime_ns}", folder / row["name"]
                 whole = all((folder / f"{row['name']}.{kind}").is_file() for kind in options.formats)
-                if key not in journal.done or not whole:
+                measured = journal.done.get(key) if whole else None
+                if measured is None:
                     depth = _predict_one(session, file, chain, shape, scoring, options.size)
-                    journal.done[key] = journal.add([(key, _write_map(depth, stem, options))])[0]
-                rows.append(row | journal.done[key])
+                    measured = journal.add([(key, _write_map(depth, stem, options))])[0]
+                rows.append(row | measured)
             except ImageError as e:
                 rejected.append({"path": row["path"], "reason": e.reason})
     finally:
