@@ -176,6 +176,13 @@ def test_enlarging_empties_the_upper_frequencies():
     assert "another shape" in picture_faults(np.dstack([np.tile(grain, (1, 5))] * 3), (100, 100))["size"]
 
 
+def test_detail_is_judged_at_the_size_of_the_models_input():
+    grain = np.random.default_rng(1).integers(0, 256, (100, 100), np.uint8)
+    smooth = np.dstack([cv2.GaussianBlur(scaled(grain, 3), (0, 0), 2)] * 3)
+    for size, flagged in ((None, True), ((300, 300), True), ((60, 60), False)):
+        assert ("upscaled" in picture_faults(smooth, size)) == flagged
+
+
 def test_people_leak_by_their_folder_only_when_faces_are_audited(tmp_path):
     for name, i in (("a/ann/1", 0), ("a/bob/2", 1), ("b/ann/3", 2)):
         Path(tmp_path, name).parent.mkdir(parents=True, exist_ok=True)

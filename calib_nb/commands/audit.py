@@ -30,7 +30,7 @@ def audit(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="ONNX file: judges sizes by its input; with --faces, the network that embeds them."),
+        typer.Option(help="ONNX file: judges sizes and detail by its input; with --faces, the network that embeds them."),
     ] = None,
     faces: Annotated[
         bool, typer.Option("--faces", help="A folder is a person, and no person may be in both sets.")
@@ -68,6 +68,8 @@ def audit(
         typer.echo(f"{row.calibration} is in {against} as {row.validation} ({row.kind})")
     if len(result.leaks) > _MOST_LINES:
         typer.echo(f"... and {len(result.leaks) - _MOST_LINES:,} more, in {output_dir / 'leaks.csv'}")
+    if (result.leaks.kind != "same person").any():
+        typer.echo(f"choose without them: calib-nb prepare --source-dir {images} --against {against} --output-dir ...")
     typer.echo(result)
     typer.echo(f"page: {save_page(output_dir / 'audit.html', audit_page(result))}")
     if not result.passed:

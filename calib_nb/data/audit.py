@@ -102,7 +102,7 @@ def picture_faults(bgr: np.ndarray, input_size: tuple[int, int] | None = None) -
 
     Args:
         bgr: uint8 [H, W, 3].
-        input_size: (width, height) of the model's input, pixels.
+        input_size: (width, height) of the model's input, pixels; detail beyond it does not count.
 
     Returns:
         Text by fault: blank, gray, screenshot, upscaled, size.
@@ -118,12 +118,19 @@ def picture_faults(bgr: np.ndarray, input_size: tuple[int, int] | None = None) -
     top, bottom, left, right = frame_sides(gray)
     if min(top, bottom) > _FRAME * height or min(left, right) > _FRAME * width:
         faults["screenshot"] = f"a plain frame: {top} + {bottom} rows, {left} + {right} columns"
-    inner = gray[top : height - bottom, left : width - right]
+    inner = _at_input(gray[top : height - bottom, left : width - right], input_size)
     if (fine := fineness(inner)) < LEAST_FINENESS:
-        faults["upscaled"] = f"no fine detail ({fine:.1f}): enlarged, or out of focus"
+        at = f" at {inner.shape[1]} x {inner.shape[0]}" if input_size else ""
+        faults["upscaled"] = f"no fine detail{at} ({fine:.1f}): enlarged, or out of focus"
     if input_size and (text := _size_fault(width, height, *input_size)):
         faults["size"] = text
     return faults
+
+
+def _at_input(gray: np.ndarray, input_size: tuple[int, int] | None) -> np.ndarray:
+    """An image brought down to the least size that fills the model's input; a smaller one as it is."""
+    scale = max(n / side for n, side in zip(input_size, gray.shape[::-1])) if input_size else 1
+    return gray if scale >= 1 else cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def _size_fault(width: int, height: int, model_width: int, model_height: int) -> str:
@@ -176,6 +183,14 @@ look_at_file.lost = lambda root, size, path: {"path": path, "faults": {"corrupt"
 
 # %% ../../nbs/data/12_audit.ipynb #cell-18
 FAULTS = ("corrupt", "mislabelled", "rotated", "alpha", "gray", "blank", "screenshot", "upscaled", "size")
+_PHRASES = {
+    "mislabelled": "with the wrong ending",
+    "rotated": "turned by EXIF",
+    "alpha": "with alpha",
+    "screenshot": "with a plain frame (screenshot)",
+    "upscaled": "without fine detail (upscaled, or out of focus)",
+    "size": "of a size or shape far from the input's",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +225,7 @@ class Audit:
 
     def __str__(self) -> str:
         counts = self.faults.fault.value_counts()
-        odd = ", ".join(f"{counts[name]} {name}" for name in FAULTS if name in counts) or "nothing odd"
+        odd = ", ".join(f"{counts[name]:,} {_PHRASES.get(name, name)}" for name in FAULTS if name in counts) or "nothing odd"
         lines = [f"{len(self.files):,} images in {self.images}: {odd}"]
         if self.passed_over:
             lines.append(f"passed over, not an image that can be read here: {name_counts(self.passed_over)}")
@@ -363,6 +378,7 @@ def audit_folder(
 
 # %% ../../nbs/data/12_audit.ipynb #cell-27
 MOST_SHOWN = 40  # pairs, and images of a fault
+_MOST_ROWS = 200  # of a table
 
 
 def _thumbnail(path: Path) -> np.ndarray:
@@ -393,6 +409,12 @@ def pair_sheet(pairs: pd.DataFrame, left: Path, right: Path, *, most: int = MOST
     return contact_sheet(images, columns=8, cell=128, captions=captions)
 
 
+def _rows_table(frame: pd.DataFrame, name: str) -> list:
+    """The first rows of a table, and how many more there are."""
+    more = [f"... and {len(frame) - _MOST_ROWS:,} more, in {name}.csv."] if len(frame) > _MOST_ROWS else []
+    return [html_table(frame.head(_MOST_ROWS)), *more]
+
+
 def audit_page(audit: Audit) -> str:
     """The audit as one HTML page: what leaks, the copies, and the files that are not what they seem.
 
@@ -403,20 +425,22 @@ def audit_page(audit: Audit) -> str:
         The page, for `save_page`.
     """
     parts = list(str(audit).splitlines())
-    sections = [("Copies in the folder", audit.copies, audit.images)]
+    sections = [("Copies in the folder", "copies", audit.images)]
     if audit.against is not None:
-        sections.insert(0, ("Also in the validation folder", audit.leaks, audit.against))
-    for title, pairs, other in sections:
+        sections.insert(0, ("Also in the validation folder", "leaks", audit.against))
+    for title, name, other in sections:
+        pairs = getattr(audit, name)
         parts.append(heading(title))
         if len(pairs):
             sheet = encode_png(pair_sheet(pairs, audit.images, other))
-            parts += [html_figure(sheet, f"{title}: pairs side by side"), html_table(pairs.fillna(""))]
+            parts += [html_figure(sheet, f"{title}: pairs side by side"), *_rows_table(pairs.fillna(""), name)]
         else:
             parts.append("None.")
     for fault in FAULTS:
         rows = audit.faults[audit.faults.fault == fault]
         if len(rows):
             pictures = [_thumbnail(audit.images / path) for path in rows.path.head(MOST_SHOWN)]
-            parts += [heading(f"{fault}: {len(rows)}"), html_figure(encode_png(contact_sheet(pictures)), fault)]
-            parts.append(html_table(rows[["path", "detail"]]))
+            title = f"{len(rows):,} {_PHRASES.get(fault, fault)}"
+            parts += [heading(title), html_figure(encode_png(contact_sheet(pictures)), title)]
+            parts += _rows_table(rows[["path", "detail"]], "faults")
     return html_page("Can these images be trusted?", *parts, broad=True)

@@ -136,6 +136,7 @@ _UPRIGHT = tuple(WINDOWS.index(w) for w in WINDOWS if w[0] == w[1] or _ENDS[1] n
 _MIRRORED = tuple(WINDOWS.index(w) for w in (WINDOWS[0], (_ENDS[1], _ENDS[1])))  # whole, middle
 _TILE, _MOST_COARSE = (256, 512), 64  # products that fit a cache
 _MOST_ROWS, _MAPPED = 300_000, 16e6  # pairs that wait for a choice; bytes beyond which descriptions lie in a file
+_READ = 512  # pairs whose views are read before their pages are given back: each brings its neighbours along
 
 
 def _nearest(rows: np.ndarray) -> np.ndarray:
@@ -294,7 +295,7 @@ def _finely_near(pairs: np.ndarray, queries: np.ndarray, views: np.ndarray) -> n
     for code in np.unique(pairs[:, 3]):
         window, mirrored = divmod(int(code), 2)
         at = np.flatnonzero(pairs[:, 3] == code)
-        for some in np.array_split(at, len(at) // 4096 + 1):
+        for some in np.array_split(at, len(at) // _READ + 1):
             query, view = pairs[some, :2].astype(int).T
             whole = low_frequencies(queries[query], mirrored=bool(mirrored), count=12)
             keep[some] = (whole * low_frequencies(views[view], window, count=12)).sum(1) > FINE
@@ -349,8 +350,8 @@ def find_copies(
         pairs = _finely_near(pairs, queries, views)
         values, agree = [], partial(_agreement_of, queries, views)
         with ThreadPoolExecutor(workers) as pool, tqdm(desc="align", unit="pair", total=len(pairs), **switch) as bar:
-            for at in range(0, len(pairs), 4096):
-                values += pool.map(agree, pairs[at : at + 4096])
+            for at in range(0, len(pairs), _READ):
+                values += pool.map(agree, pairs[at : at + _READ])
                 bar.update(len(values) - at)
                 release(queries)
                 release(views)
