@@ -30,7 +30,9 @@ def audit(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="ONNX file: judges sizes and detail by its input; with --faces, the network that embeds them."),
+        typer.Option(
+            help="ONNX file: judges sizes and detail by its input; with --faces, the network that embeds them."
+        ),
     ] = None,
     faces: Annotated[
         bool, typer.Option("--faces", help="A folder is a person, and no person may be in both sets.")

@@ -225,7 +225,10 @@ class Audit:
 
     def __str__(self) -> str:
         counts = self.faults.fault.value_counts()
-        odd = ", ".join(f"{counts[name]:,} {_PHRASES.get(name, name)}" for name in FAULTS if name in counts) or "nothing odd"
+        odd = (
+            ", ".join(f"{counts[name]:,} {_PHRASES.get(name, name)}" for name in FAULTS if name in counts)
+            or "nothing odd"
+        )
         lines = [f"{len(self.files):,} images in {self.images}: {odd}"]
         if self.passed_over:
             lines.append(f"passed over, not an image that can be read here: {name_counts(self.passed_over)}")
