@@ -1,8 +1,13 @@
 """Images on a web server and in an object store, both on 127.0.0.1: the rows are those of the folder."""
 
+import base64
 import functools
+import hashlib
 import http.server
+import io
 import os
+import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,10 +16,10 @@ import cv2
 import numpy as np
 import pytest
 
-pytest.importorskip("fsspec", reason="the extra remote is not installed")
+fsspec = pytest.importorskip("fsspec", reason="the extra remote is not installed")
 
 from calib_nb.core import remote  # noqa: E402
-from calib_nb.core.errors import ImageError, InputError  # noqa: E402
+from calib_nb.core.errors import ImageError, InputError, for_user  # noqa: E402
 from calib_nb.core.remote import file_key, join, read_ahead, read_far, sha256_far  # noqa: E402
 from calib_nb.core.run import sha256_file  # noqa: E402
 from calib_nb.data.audit import audit_folder  # noqa: E402
@@ -88,7 +93,6 @@ def web(photos):
 def bucket(photos):
     pytest.importorskip("s3fs", reason="the extra remote is not installed")
     server = pytest.importorskip("moto.server", reason="moto is not installed")
-    import fsspec
     import s3fs
 
     kept = {k: os.environ.get(k) for k in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")}
@@ -109,10 +113,70 @@ def bucket(photos):
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.fixture(params=["file", "http", pytest.param("s3", marks=pytest.mark.slow)])  # the server of S3 takes a while
-def root(request, photos):
-    if request.param == "s3":
-        return request.getfixturevalue("bucket")
+class LikeGoogle(fsspec.AbstractFileSystem):
+    """A folder that answers as gcsfs does: sizes, ETags and generations, FileNotFoundError, ranges."""
+
+    protocol, cachable = ("gs", "gcs"), False
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def info(self, path, **_):
+        path = self._strip_protocol(path)
+        file = self.folder / path.removeprefix("photos/all").strip("/")
+        if not file.exists():
+            raise FileNotFoundError(path)
+        if file.is_dir():
+            return {"name": path, "size": 0, "type": "directory", "storageClass": "DIRECTORY"}
+        etag = hashlib.md5(file.read_bytes()).hexdigest()
+        return {"name": path, "size": file.stat().st_size, "type": "file", "etag": etag, "generation": "1"}
+
+    def ls(self, path, detail=True, **_):
+        path = self._strip_protocol(path)
+        folder = self.folder / path.removeprefix("photos/all").strip("/")
+        if not folder.is_dir():
+            raise FileNotFoundError(path)
+        return [self.info(f"{path}/{file.name}") for file in folder.iterdir()]
+
+    def _open(self, path, mode="rb", **_):
+        return io.BytesIO((self.folder / path.removeprefix("photos/all/")).read_bytes())
+
+    def cat_file(self, path, start=None, end=None, **_):
+        self.info(path)
+        return self._open(self._strip_protocol(path)).read()[start:end]
+
+
+@pytest.fixture(scope="module")
+def google(photos):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC, which the emulator does not speak
+        pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+        emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
+        store = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="photos")
+        store.start()
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{store._api._httpd.server_port}")
+        remote._system.cache_clear()
+        system = fsspec.filesystem("gs")
+        for path in photos.rglob("*"):
+            if path.is_file():
+                system.pipe_file(f"photos/all/{path.relative_to(photos).as_posix()}", path.read_bytes())
+        yield "gs://photos/all"
+        remote._system.cache_clear()
+    store.stop()
+
+
+SLOW_STORES = [pytest.param(name, marks=pytest.mark.slow) for name in ("s3", "gcs")]  # their servers take a while
+
+
+@pytest.fixture(params=["file", "http", "gs", *SLOW_STORES])
+def root(request, photos, monkeypatch):
+    if request.param in ("s3", "gcs"):
+        return request.getfixturevalue({"s3": "bucket", "gcs": "google"}[request.param])
+    if request.param == "gs":
+        system = LikeGoogle(photos)
+        monkeypatch.setattr(remote, "_system", lambda scheme: system)
+        return "gs://photos/all"
     return photos.as_uri() if request.param == "file" else request.getfixturevalue("web").url
 
 
@@ -161,6 +225,34 @@ def test_commands_read_a_url_that_has_become_a_path(web, photos):
     far, near = audit_folder(root, progress=False), audit_folder(photos, progress=False)
     assert far.files.drop(columns="folder", errors="ignore").equals(near.files.drop(columns="folder", errors="ignore"))
     assert read_image_bytes(root / "day 1" / "ä+&#.jpg") == (photos / "001.jpg").read_bytes()
+
+
+def test_what_names_the_content_in_a_store_is_size_and_etag(root, photos):
+    listed = dict(remote.far_files(root))
+    if root.startswith(("gs", "s3")):
+        data = (photos / "000.jpg").read_bytes()
+        size, etag = listed["000.jpg"].split("|")
+        assert int(size) == len(data) and etag
+        google = root.startswith("gs") and not re.fullmatch("[0-9a-f]{32}", etag)
+        digest = hashlib.md5(data)
+        assert etag.strip('"') == (base64.b64encode(digest.digest()).decode() if google else digest.hexdigest())
+    remote._content.clear()  # what a listing says and what a question for one file says
+    assert file_key(root, "day 1/ä+&#.jpg") == f"day 1/ä+&#.jpg|{remote.far_key(join(root, 'day 1/ä+&#.jpg'))}"
+    if not root.startswith("http"):  # a page of links has neither
+        assert file_key(root, "000.jpg") == f"000.jpg|{listed['000.jpg']}"
+
+
+@pytest.mark.parametrize("url, module, extra", [("gs://x/y", "gcsfs", "gcs"), ("s3://x/y", "s3fs", "remote")])
+def test_a_client_that_is_not_installed_is_one_line_with_its_extra(url, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url[:2], raising=False)
+    remote._system.cache_clear()
+    with pytest.raises(ModuleNotFoundError) as missing:
+        score_folder(url, progress=False)
+    told = str(for_user(missing.value))
+    assert told.startswith(f"{module} is not installed") and f"pip install 'calib-nb[{extra}]'" in told
+    assert "\n" not in told
+    remote._system.cache_clear()
 
 
 def test_a_root_that_is_not_there_is_one_line(web):

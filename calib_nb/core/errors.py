@@ -93,6 +93,7 @@ EXTRA_OF = {  # top-level module: the extra of calib-nb that installs it
     "fsspec": "remote",
     "s3fs": "remote",
     "aiohttp": "remote",
+    "gcsfs": "gcs",
     "ipywidgets": "lab",
     "jupyterlab": "lab",
 }
