@@ -87,7 +87,7 @@ class Proof:
         if self.equal:
             lines = [f"equal: the deployment makes the config's tensors on {count}"]
         else:
-            lines = [f"different on {count}; first {self.differences[0]}"]
+            lines = [f"different on {count}", f"first difference, {self.differences[0]}"]
             lines += [f"then {d}" for d in self.differences[1:]]
             if not self.certain:
                 lines.append(f"not explained: {self.left:.2g} levels (root mean square) are left")
@@ -267,7 +267,11 @@ def _judged(chain: Preprocess, records: list[Record], transform, model, options:
     usable = [r for r in records if r.given is not None]
     failed = [Difference("fails", f"on {r.name}: {r.problem}") for r in records if r.problem and not r.probe]
     notes += _blind(usable)
-    if sum(s != 1 for s in usable[0].given.shape) == 3 and usable[0].given.ndim != usable[0].wanted.ndim:
+    if (
+        options.tensors is None
+        and sum(s != 1 for s in usable[0].given.shape) == 3
+        and usable[0].given.ndim != usable[0].wanted.ndim
+    ):
         notes.append(f"the shape is {list(usable[0].given.shape)}; the config makes {list(usable[0].wanted.shape)}")
     if (table.worst.dropna() <= 2e-3 + 1.02 * slack).all() and table.worst.notna().sum() == len(usable):
         return Proof(
@@ -404,8 +408,13 @@ def proof_page(proof: Proof) -> str:
         parts += [heading("The first step that differs"), html_figure(axes[0].figure, words)]
         _closed(axes[0].figure)
     if proof.price is not None:
-        parts += [heading("What it costs"), html_table(proof.price)]
+        shown = proof.price.assign(
+            **{side: proof.price[side].map("{:.4g}".format) for side in ("config", "deployment")}
+        )
+        parts += [heading("What it costs"), html_table(shown)]
     parts += [heading("Image by image, differences in levels of 0 to 255"), html_table(proof.table)]
+    if proof.table.probe.any():
+        parts.append("A probe is made here of the first image, to show what the images may not: EXIF, odd sizes, gray.")
     return html_page("Does the deployment preprocess alike?", *parts, *[f"Note: {note}" for note in proof.notes])
 
 

@@ -89,7 +89,7 @@ class CoverageStrategy:
             num_samples: Rows to choose.
             source: Folder of the images.
             folder: Folder for the journal of the observation; None keeps none.
-            progress: Whether to show a bar.
+            progress: Whether to show bars.
 
         Returns:
             The rows and the plan by stratum.
@@ -103,7 +103,8 @@ class CoverageStrategy:
         files = {(Path(source) / path).as_posix(): path for path in rows["path"]}
         stats = self.observed([Path(name) for name in sorted(files)], folder, progress)
         by_name = None if strata is None else dict(zip(files, strata[rows.index]))
-        names = choose_cover(stats, num_samples, strata=by_name, quotas=quotas, options=self.options)
+        how = {"strata": by_name, "quotas": quotas, "options": self.options}
+        names = choose_cover(stats, num_samples, **how, progress=progress)
         return Selection(pool[pool["path"].isin([files[name] for name in names])], plan, warnings)
 
     def _strata(self, pool: pd.DataFrame, num_samples: int) -> tuple:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError
+from ..core.parallel import bar_switch
 from .kernels import kernel
 from .stability import SHARES, clipped_energy
 from .stats import QUANTILES, ActivationStats
@@ -110,6 +111,7 @@ def greedy_cover(
     *,
     noise: "RangeNoise | None" = None,
     taken: Sequence[int] = (),
+    progress: bool = False,
 ) -> list[int]:
     """Take the row that adds most to `cover_value`, again and again.
 
@@ -120,6 +122,7 @@ def greedy_cover(
         quotas: Most rows of each stratum; a stratum without one gives none.
         noise: What the ranges of the rows cause, which is taken off the value; the bounds below are for none.
         taken: Rows that were taken before and stay the first.
+        progress: Whether to show a bar.
 
     Returns:
         Row numbers, in the order in which they were taken.
@@ -129,6 +132,8 @@ def greedy_cover(
 
     Source: Nemhauser, Wolsey and Fisher 1978 (1 - 1/e); Fisher, Nemhauser and Wolsey 1978 (1/2 under a matroid).
     """
+    from tqdm.auto import tqdm
+
     sizes = {len(table) for _, table in covers}
     if len(sizes) != 1 or count < 1:
         raise InputError(f"{count} of tables with {sorted(sizes)} rows", expected="at least 1, and tables alike")
@@ -140,9 +145,11 @@ def greedy_cover(
     best = [table[taken].max(0, initial=0) for _, table in covers]
     for row in taken if left is not None else ():
         left[labels[row]] -= 1
-    while len(taken) < count:
+    bar = tqdm(range(len(taken), count), desc="choose", unit="image", **bar_switch(progress))
+    for _ in bar:
         allowed = free if left is None else free & np.isin(labels, [s for s, number in left.items() if number > 0])
         if not allowed.any():
+            bar.close()
             break
         gains = np.zeros(n) if noise is None else -noise.after(taken)
         for (weight, table), reached in zip(covers, best):
@@ -274,6 +281,7 @@ def choose_cover(
     strata: Mapping[str, str] | None = None,
     quotas: Mapping[str, int] | None = None,
     options: CoverOptions = CoverOptions(),
+    progress: bool = False,
 ) -> list[str]:
     """Choose the images that cover the activations of a pool best.
 
@@ -284,6 +292,7 @@ def choose_cover(
         strata: Stratum of each candidate by name, with `quotas`.
         quotas: Most images of each stratum.
         options: Weights.
+        progress: Whether to show bars.
 
     Returns:
         Names, best first: a smaller set is the beginning of a larger one. The order of `images` changes nothing.
@@ -308,7 +317,7 @@ def choose_cover(
     while True:
         covers = [(weight, range_reach(stats, rows, fence=options.fence, like=like)), alike]
         size = min(count, like)
-        taken = greedy_cover(covers, size, labels, quotas, noise=noise, taken=taken)
+        taken = greedy_cover(covers, size, labels, quotas, noise=noise, taken=taken, progress=progress)
         if len(taken) < size or size == count:  # none is left, or all are chosen
             return [names[row] for row in taken]
         like *= 2
