@@ -351,10 +351,9 @@ def _execute(report: str, values: dict, partial: Path, progress: bool):
     """Run the notebook into `partial`, in a kernel of this Python; returns it."""
     import papermill
 
-    with _kernel() as settings:
-        if where := _address_in_use():
-            start = f"import calib_nb.core.cluster; calib_nb.core.cluster.join_cluster({where!r})"
-            settings["extra_arguments"] = [f"--IPKernelApp.exec_lines={start}"]
+    with _kernel() as settings, _joining() as first:
+        if first:
+            settings["extra_arguments"] = [f"--IPKernelApp.exec_lines={first}"]
         return papermill.execute_notebook(
             str(report_notebook(report)),
             str(partial / "report.ipynb"),
@@ -367,13 +366,13 @@ def _execute(report: str, values: dict, partial: Path, progress: bool):
         )
 
 
-def _address_in_use() -> str:
-    """Address of the cluster that the kernel is to use as well, "" without one."""
+def _joining() -> contextlib.AbstractContextManager[str]:
+    """What the kernel executes first, so that it uses the cluster in use as well; "" without one."""
     if current_engine.get() is None:
-        return ""
-    from calib_nb.core.cluster import address_in_use
+        return contextlib.nullcontext("")
+    from calib_nb.core.cluster import joining
 
-    return address_in_use()
+    return joining()
 
 
 def _fault(error: Exception) -> str:

@@ -6,10 +6,13 @@ import functools
 import os
 import pickle
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import nbformat
@@ -18,9 +21,10 @@ import pytest
 
 distributed = pytest.importorskip("distributed", reason="the extra cluster is not installed")
 
+from calib_nb.batch import run_all  # noqa: E402
 from calib_nb.core import cluster as module  # noqa: E402
-from calib_nb.core.cluster import cluster, file_of, named_file  # noqa: E402
-from calib_nb.core.errors import InputError  # noqa: E402
+from calib_nb.core.cluster import cluster, file_of, joining, named_file  # noqa: E402
+from calib_nb.core.errors import CalibError, InputError  # noqa: E402
 from calib_nb.core.merge import map_and_merge  # noqa: E402
 from calib_nb.core.parallel import parallel_map, processor, processors  # noqa: E402
 from calib_nb.data import score  # noqa: E402
@@ -429,6 +433,53 @@ try:
 except InputError as error:
     print(error)
 """
+
+
+@pytest.mark.slow
+def test_reports_use_a_cluster_whose_certificates_are_in_memory(tmp_path):
+    from distributed import Client, LocalCluster, Security
+
+    where_notebook(tmp_path / "where.ipynb")
+    (tmp_path / "all.yaml").write_text(f"- report: {tmp_path / 'where.ipynb'}\n")
+    security = Security.temporary()
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, security=security, dashboard_address=None) as local,
+        Client(local.scheduler_address, security=security) as client,
+        cluster(client),
+    ):
+        far = run_report(str(tmp_path / "where.ipynb"), folder=tmp_path / "far", progress=False)
+        assert list(map(int, (far.folder / "where.txt").read_text().split())) == pids(client)
+        _, runs = run_all(tmp_path / "all.yaml", root=tmp_path / "all", progress=False)
+        assert list(runs.state) == ["run"] and list(runs.error) == [""]
+        client.security = Security.temporary()  # of another authority: the kernel is not let in
+        with pytest.raises(CalibError, match="failed: no scheduler answers at tls://") as refused:
+            run_report(str(tmp_path / "where.ipynb"), folder=tmp_path / "not", progress=False)
+        assert "\n" not in str(refused.value) and not (tmp_path / "not").exists()
+
+
+def test_a_kernel_gets_certificates_in_a_file_of_this_user_or_the_reason_why_not():
+    from distributed import Security
+
+    security = Security(tls_ca_file="CA\n", tls_client_cert="CERT\n", tls_client_key="KEY\n")
+    context = Security(extra_conn_args={"ssl_context": ssl.create_default_context()})
+
+    def join(address, security):
+        client = SimpleNamespace(scheduler=SimpleNamespace(address=address), security=security)
+        module.current_engine.set(functools.partial(module._Cluster, client))
+        with joining() as first:
+            assert address in first and "KEY" not in first
+            folder = Path(first.split("'")[-2])
+            assert os.name != "posix" or folder.stat().st_mode & 0o077 == 0
+            assert pickle.loads((folder / "security").read_bytes()).tls_client_key == "KEY\n"
+        assert not folder.exists()
+        with pytest.raises(InputError, match="^not let in$"), joining() as first:
+            Path(first.split("'")[-2], "refused").write_text("not let in")
+            raise RuntimeError("the kernel died")
+
+    contextvars.copy_context().run(join, "tls://127.0.0.1:9", security)
+    for address, given, said in (("tls://h:1", context, "certificates"), ("inproc://h/1", security, "--cluster local")):
+        with pytest.raises(InputError, match=said):
+            contextvars.copy_context().run(join, address, given)
 
 
 @pytest.mark.slow
