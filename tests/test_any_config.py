@@ -20,6 +20,7 @@ RGB, FIT = {"convertColor": {"form": "BGR2RGB"}}, {"resize": {"width": 64, "heig
 DIV, HALF = {"div": {"x": 255}}, {"normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}
 IMAGENET = {"normalize": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
 CHW, BATCH = {"transpose": {"axis": [2, 0, 1]}}, {"expandDim": {"axis": 0}}
+SHORT = {"resize": {"mode": "torchvision", "size": 64, "interpolation": "BILINEAR"}}
 PER_CHANNEL = [{"subtract": {"x": [123.675, 116.28, 103.53]}}, {"div": {"x": [58.395, 57.12, 57.375]}}]
 
 
@@ -47,12 +48,15 @@ SAMPLES = {
     "means of 0..1 on undivided values": [RGB, FIT, HALF, CHW, BATCH],
     "ImageNet on undivided values, no layout": [RGB, FIT, IMAGENET],
     "numbers per channel": [RGB, FIT, *PER_CHANNEL, CHW, BATCH],
+    "short side by torchvision": [SHORT, {"centercrop": {"width": 64, "height": 48}}, RGB, DIV, CHW, BATCH],
+    "one mean for all channels": [FIT, DIV, RGB, {"normalize": {"mean": 0.456, "std": [0.225]}}, CHW, BATCH],
 }
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples_of_the_vendor_are_no_errors(name, place):
-    for more in ({}, {"num_samples": 4}, {"train_batchsize": 2, "calibration_method": "minmax"}):
+    switches = {"enhanced_scheme": {"DXQ-P0": False, "DXQ-P3": True}}
+    for more in ({}, switches, {"num_samples": 4}, {"train_batchsize": 2, "calibration_method": "minmax"}):
         raw = sample(place, SAMPLES[name], **more)
         found = validate(raw, place / "m.onnx", target="dx-com")
         assert [str(f) for f in found if f.level == "error"] == []
