@@ -47,7 +47,7 @@ def workers():
 @pytest.fixture
 def client(workers):
     """Two workers that answer: those that the test before killed may need seconds to start again."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while len(workers.run(os.getpid, on_error="ignore")) < 2:
         assert time.monotonic() < end, "a killed worker was not started again"
         time.sleep(0.1)

@@ -111,11 +111,14 @@ def test_a_failed_run_leaves_the_older_result(place):
 
 
 def test_too_long_ends_the_whole_group(place):
-    child = "child = subprocess.Popen(['sleep', '60'])\nopen('child', 'w').write(str(child.pid))"
-    stand_in(f"import subprocess\n{child}\ntime.sleep(60)")
-    start = time.perf_counter()
-    compilation = compile_model("my model.onnx", "c.json", "out", timeout_s=2)
-    assert compilation.exit_code == 124 and time.perf_counter() - start < 8
+    child = "child = subprocess.Popen(['sleep', '600'])\nopen('child', 'w').write(str(child.pid))"
+    stand_in(f"import subprocess\n{child}\ntime.sleep(600)")
+    for seconds in (1, 4, 16, 64):  # a slow machine takes a while to come so far
+        start = time.perf_counter()
+        compilation = compile_model("my model.onnx", "c.json", "out", timeout_s=seconds)
+        assert compilation.exit_code == 124 and time.perf_counter() - start < 300
+        if Path("child").exists() and Path("child").read_text():
+            break
     assert not _alive(int(Path("child").read_text()))
 
 
@@ -127,18 +130,18 @@ def _alive(pid):
 
 
 def test_ctrl_c_ends_the_compiler_and_leaves_nothing(place):
-    stand_in("open('child', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    stand_in("open('child', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     code = "from calib_nb.npu.compile import compile_model; compile_model('my model.onnx', 'c.json', 'out')"
     root = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL
     )
-    for _ in range(200):
+    for _ in range(1200):
         if Path("child").exists() and Path("child").read_text():
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) != 0
+    assert process.wait(120) != 0
     assert not _alive(int(Path("child").read_text())) and not Path("out").exists() and not list(place.glob(".*partial"))
 
 

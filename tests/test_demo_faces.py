@@ -104,7 +104,7 @@ def test_a_killed_drawing_leaves_no_folder(tmp_path):
     call = f"drawn_faces({str(tmp_path / 'x')!r}, identities=4000, size=250)"
     code = f"from calib_nb.faces.demo_drawings import drawn_faces; {call}"
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".x.partial/images/*/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

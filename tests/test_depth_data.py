@@ -330,9 +330,11 @@ import calib_nb.depth.metadata as m
 from pathlib import Path
 whole = m.measure_sample
 def slow(*a):
-    time.sleep(0.02)
     with open(sys.argv[3], "a") as f:
         f.write(a[-1][0] + a[-1][1] + "\\n")
+    time.sleep(0.02)  # so that a batch has one frame
+    while len(sys.argv) > 5 and Path(sys.argv[3]).read_bytes().count(b"\\n") > 20:
+        time.sleep(0.01)  # until the kill comes
     return whole(*a)
 m.measure_sample = slow
 found = m.metadata(sys.argv[1], journal=sys.argv[2], workers=2, progress=False)
@@ -343,10 +345,10 @@ m.save_metadata(found, sys.argv[4])
 def test_a_killed_run_goes_on_and_ends_the_same(drawn, tmp_path):
     root, _, found = drawn
     words = [root, *(tmp_path / name for name in ("journal", "seen", "m.csv"))]
-    process = forked.start_script(KILLED, *words)
+    process = forked.start_script(KILLED, *words, "stop")
     while process.is_alive() and not (tmp_path / "journal").is_file():
         time.sleep(0.02)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while time.monotonic() < until and (tmp_path / "journal").read_bytes().count(b"\n") < 12:
         time.sleep(0.01)
     forked.kill(process)

@@ -552,16 +552,17 @@ def test_a_killed_training_goes_on(tmp_path):
         "import sys, torch; torch.set_num_threads(1)",
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
         "from test_depth_model import Ramps, DepthTraining, DepthNet, train_depth",
-        "train_depth(DepthNet(0.125), Ramps(), DepthTraining(epochs=60, batch=4), folder=sys.argv[1], progress=False)",
+        "plan = DepthTraining(epochs=6000, batch=4)",
+        "train_depth(DepthNet(0.125), Ramps(), plan, folder=sys.argv[1], progress=False)",
     ))  # fmt: skip
     run = forked.start_script(code, tmp_path / "run")
-    checkpoint, stop = tmp_path / "run" / "checkpoint.pt", time.monotonic() + 60
+    checkpoint, stop = tmp_path / "run" / "checkpoint.pt", time.monotonic() + 120
     while not checkpoint.is_file() and time.monotonic() < stop:
         time.sleep(0.05)
     time.sleep(0.3)
     forked.kill(run)
     content = load_depth_checkpoint(checkpoint)  # whole, whenever the kill came
-    assert 1 <= len(content["history"]) < 60 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (
+    assert 1 <= len(content["history"]) < 6000 and load_network(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (
         1,
         1,
         32,

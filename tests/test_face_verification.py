@@ -270,7 +270,11 @@ KILLED = """
 import sys, time
 import calib_nb.faces.embed as embed
 run = embed.Embedder._run
-embed.Embedder._run = lambda self, x: (time.sleep(0.05), run(self, x))[1]
+def slow(self, x):
+    time.sleep(600 if len(ran) == 12 else 0)  # until the kill comes
+    ran.append(1)
+    return run(self, x)
+ran, embed.Embedder._run = [], slow
 from calib_nb.faces.bin_scores import verify_bin
 verify_bin(*sys.argv[1:3], store=sys.argv[3], batch_size=2, workers=1, progress=False)
 """

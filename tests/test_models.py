@@ -129,10 +129,10 @@ import sys
 from calib_nb.core.models import ModelFile, fetch_model
 address = "http://127.0.0.1:{server.server_port}/slow"
 model = ModelFile("tiny", "tiny.onnx", "0" * 64, {len(CONTENT)}, "", "", address, "")
-fetch_model(model, sys.argv[1], timeout=30, progress=False)
+fetch_model(model, sys.argv[1], timeout=120, progress=False)
 """
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
 
     def begun() -> bool:
         with contextlib.suppress(FileNotFoundError):  # the partial file is moved about

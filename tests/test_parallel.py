@@ -218,13 +218,15 @@ def test_journal_values_are_the_same_fresh_and_resumed(tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from calib_nb.core.parallel import parallel_map
-journal, calls, seconds = sys.argv[1:]
+journal, calls, seconds, stop = sys.argv[1:]
 def work(x):
     with open(calls, "a") as f:
         f.write(f"{x}\\n")
     time.sleep(float(seconds))
+    while x >= int(stop) and not os.path.exists("go"):
+        time.sleep(0.01)
     return x * x
 values = list(parallel_map(work, range(300), workers=2, journal=journal, progress=False))
 assert values == [x * x for x in range(300)], values
@@ -232,51 +234,60 @@ print("whole")
 """
 
 
-def start(tmp_path, seconds="0.01"):
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "journal"), str(tmp_path / "calls"), seconds]
+def start(tmp_path, seconds="0.01", stop=300):
+    """A run whose items from number `stop` on wait for the file "go", however slow the machine is."""
+    words = [str(tmp_path / "journal"), str(tmp_path / "calls"), seconds, str(stop)]
     environment = {**os.environ, "PYTHONPATH": str(Path(parallel.__file__).parents[2])}
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        [sys.executable, "-c", SCRIPT, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+        cwd=tmp_path,
     )
 
 
-def wait_for_calls(tmp_path, count, limit=30):
-    until = time.monotonic() + limit
+def wait_for_lines(file, count):
+    until = time.monotonic() + 120
     while time.monotonic() < until:
-        if (tmp_path / "calls").exists() and len((tmp_path / "calls").read_text().splitlines()) >= count:
+        if file.exists() and file.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.01)
     raise AssertionError("the run did not get going")
 
 
 def test_kill_9_then_resume(tmp_path):
-    process = start(tmp_path)
-    wait_for_calls(tmp_path, 100)
+    process, journal = start(tmp_path, stop=120), tmp_path / "journal"
+    wait_for_lines(tmp_path / "calls", 100)
+    wait_for_lines(journal, 60)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    journal = tmp_path / "journal"
     kept = len(journal.read_text().splitlines()) - 1
     assert 50 <= kept < 300
     with open(journal, "a") as f:
         f.write('["299", 89')  # and the kill tore a line
     (tmp_path / "calls").unlink()
     again = start(tmp_path)
-    out, err = again.communicate(timeout=60)
+    out, err = again.communicate(timeout=120)
     assert out == "whole\n" and err == "" and again.returncode == 0
     assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept
 
 
 @pytest.mark.parametrize("after", [1, 60])
 def test_ctrl_c(tmp_path, after):
-    process = start(tmp_path, "0.02")
-    wait_for_calls(tmp_path, after)
+    process = start(tmp_path, "0.02", stop=after)
+    wait_for_lines(tmp_path / "calls", after)
+    wait_for_lines(tmp_path / "journal", 1 + after // 3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    out, err = process.communicate(timeout=20)
+    (tmp_path / "go").touch()
+    out, err = process.communicate(timeout=120)
     assert out == "" and process.returncode == -signal.SIGINT
     assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
     kept = len((tmp_path / "journal").read_text().splitlines()) - 1
     assert (kept >= 20) == (after == 60)
     (tmp_path / "calls").unlink()
     again = start(tmp_path, "0")
-    assert again.communicate(timeout=60)[0] == "whole\n"
+    assert again.communicate(timeout=120)[0] == "whole\n"
     assert len((tmp_path / "calls").read_text().splitlines()) == 300 - kept

@@ -357,14 +357,16 @@ def test_journal_resumes_and_notices_changes(folder, tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 import calib_nb.data.score as score
-folder, journal, calls, seconds, out = sys.argv[1:]
+folder, journal, calls, stop, out = sys.argv[1:]
 plain = score.decode
 def counting(path, **options):
     with open(calls, "a") as f:
         f.write(path + "\\n")
-    time.sleep(float(seconds))
+    time.sleep(0.01 * (int(stop) < 10**6))  # so that a batch has one image
+    while os.path.getsize(calls) > int(stop):  # until the kill comes
+        time.sleep(0.01)
     return plain(path, **options)
 score.decode = counting
 score.score_folder(folder, workers=2, journal=journal, progress=False).to_pickle(out)
@@ -377,16 +379,16 @@ def test_kill_9_then_the_same_table(folder, tmp_path):
     calls, journal, out = tmp_path / "calls", tmp_path / "journal", tmp_path / "out.pkl"
     environment = {**os.environ, "PYTHONPATH": str(Path(calib_nb.__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT, str(folder), str(journal), str(calls)]
-    process = subprocess.Popen([*command, "0.01", str(out)], env=environment)
-    until = time.monotonic() + 30
-    while time.monotonic() < until and not (calls.exists() and len(calls.read_text().splitlines()) > 100):
+    process = subprocess.Popen([*command, str(100 * len(f"{folder}/00.jpg\n")), str(out)], env=environment)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (journal.exists() and journal.read_bytes().count(b"\n") > 60):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = len(journal.read_text().splitlines()) - 1
     assert 50 <= kept < 200 and not out.exists()
     calls.unlink()
-    subprocess.run([*command, "0", str(out)], env=environment, check=True, timeout=60)
+    subprocess.run([*command, str(10**9), str(out)], env=environment, check=True, timeout=120)
     assert len(calls.read_text().splitlines()) == 200 - kept
     pd.testing.assert_frame_equal(pd.read_pickle(out), score_folder(folder, progress=False), check_exact=True)
 

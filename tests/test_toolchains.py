@@ -82,16 +82,16 @@ def test_a_second_run_resumes_and_another_input_does_not(model, options, tmp_pat
 
 def test_a_run_out_of_time_ends_with_all_that_it_started_and_leaves_nothing(model, options, tmp_path):
     pid = tmp_path / "pid"
-    child = f"p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid))"
-    tool = own(tmp_path / "slow.py", f"import subprocess, time; {child}; time.sleep(60)")
+    child = f"p = subprocess.Popen(['sleep', '600']); open({str(pid)!r}, 'w').write(str(p.pid))"
+    tool = own(tmp_path / "slow.py", f"import subprocess, time; {child}; time.sleep(600)")
     inputs, start = save_inputs(INPUTS[:1], tmp_path / "inputs.npz"), time.monotonic()
     with pytest.raises(CheckFailed, match="stopped after 1.5 seconds"):
         hurried = ToolchainOptions(folder=options.folder, timeout=1.5)
         run_toolchain(tool, model, inputs, inputs, hurried, "own")
-    assert time.monotonic() - start < 20 and not list(Path(options.folder).glob("*"))
+    assert time.monotonic() - start < 300 and not list(Path(options.folder).glob("*"))
     if pid.is_file():  # a slow machine may not have come so far
         stat = Path(f"/proc/{pid.read_text()}/stat")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while stat.is_file() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not stat.is_file() or stat.read_text().split()[2] == "Z"
