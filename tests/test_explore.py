@@ -93,7 +93,10 @@ def test_an_explorer_leaves_nothing_running(tmp_path):
     explorers = [explore_images(tmp_path, progress=False), explore_preprocessing()]
     explorers[0].threshold.value = 10
     explorers[1].step.value = 1
-    assert {t.name for t in threading.enumerate()} == before
+    until = time.monotonic() + 60
+    while left := {t.name for t in threading.enumerate()} - before:  # a busy machine takes a while to end a thread
+        assert time.monotonic() < until, left
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
