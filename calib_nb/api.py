@@ -28,7 +28,7 @@ from .core.run import sha256_file
 from .data.audit import Audit, audit_folder
 from .data.duplicates import held_out
 from .data.images import decode, find_images
-from .graph.contract import read_contract, single_input
+from .graph.contract import image_size, read_contract, single_input
 from .npu.config import CompilerConfig, load_config
 from .npu.input_probe import input_chain, propose_input
 from .quant.cover_set import CoverageStrategy
@@ -459,17 +459,6 @@ def coverage(
     return CoverageStrategy(model, preprocess, quotas=quotas, column=column, **settings)
 
 # %% ../nbs/01_front_door.ipynb #cell-35
-def _input_size(model) -> tuple[int, int] | None:
-    """(width, height) of a network's image input; None where it is open or no image."""
-    from calib_nb.graph.contract import read_contract
-
-    shape = read_contract(model).inputs[0].shape
-    if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
-        return None
-    height, width = shape[1:3] if shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4) else shape[2:]
-    return width, height
-
-
 def face_vectors(images: str | Path, paths: Sequence[str], embedder, *, detector=None, progress: bool = True):
     """Embed the face of every image.
 
@@ -541,7 +530,7 @@ def audit(
         InputError: A folder is missing or holds no image.
         ModelError: `model` cannot be read, or, with `faces`, does not embed.
     """
-    size = None if model is None or faces else _input_size(model)
+    size = None if model is None or faces else image_size(read_contract(model))
     embedder = None
     if faces and model is not None:
         from calib_nb.faces.embed import open_embedder

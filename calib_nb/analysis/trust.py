@@ -19,8 +19,9 @@ from .report_parts import show_gallery
 from ..core.errors import ImageError, InputError, counted
 from ..core.figures import show_figure
 from ..core.run import private_folder
-from ..data.audit import Audit, audit_folder
+from ..data.audit import FAULT_WORDS, Audit, audit_folder
 from ..data.images import decode
+from ..graph.contract import image_size, read_contract
 from ..npu.config import CompilerConfig
 from ..npu.prove import Proof, prove
 from ..quant.observe import observe
@@ -126,7 +127,9 @@ def examine_set(
         files = {"calibration": _linked(chosen, folder / "calibration")}
         if len(scored):
             files["validation"] = _linked(scored, folder / "validation")
-        audit = audit_folder(folder / "calibration", folder / "validation" if len(scored) else None, progress=False)
+        size = None if model is None else image_size(read_contract(model))
+        other = folder / "validation" if len(scored) else None
+        audit = audit_folder(folder / "calibration", other, input_size=size, progress=False)
     proof = None if deployed is None else prove(config, deployed, list(chosen), progress=False)
     covered, random, advice = np.nan, np.empty(0), None
     method = method if method in RANGE_METHODS else "minmax"
@@ -160,13 +163,13 @@ def trust_table(trust: Trust) -> pd.DataFrame:
     leaks = audit.leaks.calibration.nunique()
     known = None if audit.against is None else not leaks
     result = "no scored images are known" if known is None else f"{counted(leaks, 'image')} also among the scored ones"
-    row("no image is scored, too", known, result, "leave these out" if leaks else "name the scored images")
+    row("no image is also scored", known, result, "leave these out" if leaks else "name the scored images")
     copies = audit.copies.right.nunique()
     result = f"{copies:,} of {counted(trust.chosen, 'image')} {'repeats' if copies == 1 else 'repeat'} another"
     row("no image comes twice", not copies, result, "choose with dedupe=True, or leave them out")
     counts = audit.faults.fault.value_counts()
-    odd = [f"{counts[name]} {name}" for name in _ODD if name in counts]
-    other = [f"{counts[name]} {name}" for name in counts.index if name not in _ODD]
+    odd = [f"{counts[name]} {FAULT_WORDS[name]}" for name in _ODD if name in counts]
+    other = [f"{counts[name]} {FAULT_WORDS[name]}" for name in counts.index if name not in _ODD]
     result = ", ".join(odd or ["none"]) + (f"; only noted: {', '.join(other)}" if other else "")
     row("no image is blank, turned or broken", not odd, result, "look at these, and leave them out")
     same = None if trust.proof is None else trust.proof.equal
@@ -187,7 +190,7 @@ def trust_table(trust: Trust) -> pd.DataFrame:
         )
         row("there are enough images", None, result, "collect more images")
     else:
-        result = f"{trust.chosen:,}; needed by {trust.advice}"
+        result = f"{trust.chosen:,}; " + str(trust.advice).replace(": ", " needs ", 1)
         row("there are enough images", trust.chosen >= trust.advice.typical, result, f"choose {trust.advice.images:,}")
     return pd.DataFrame(rows, columns=["check", "result", "verdict", "what to do"])
 
@@ -216,7 +219,7 @@ def trust_sentence(trust: Trust) -> str:
 
 
 _REASONS = {
-    "no image is scored, too": "{}",
+    "no image is also scored": "{}",
     "no image comes twice": "{}",
     "no image is blank, turned or broken": "odd images ({})",
     "the app prepares images alike": "the app prepares images otherwise, {}",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOP_SECONDS', 'LOOP_BYTES', 'TensorSpec', 'ModelContract', 'model_digest', 'model_mb', 'read_contract',
-           'single_input', 'runtime_reason', 'has_loop', 'BoundedSession', 'Float32Session', 'session_threads',
-           'open_session']
+           'single_input', 'image_size', 'runtime_reason', 'has_loop', 'BoundedSession', 'Float32Session',
+           'session_threads', 'open_session']
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-2
 import hashlib
@@ -282,6 +282,23 @@ def single_input(contract: ModelContract) -> TensorSpec:
     if spec.shape[0] != 1:
         raise ModelError(shown, expected="batch 1", fix=line)
     return spec
+
+
+def image_size(contract: ModelContract) -> tuple[int, int] | None:
+    """Width and height of a model's first input, pixels; None where a size is open, or it is no image.
+
+    Args:
+        contract: What `read_contract` returned.
+
+    Returns:
+        (width, height); channels may come first or last.
+    """
+    shape = contract.inputs[0].shape
+    if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
+        return None
+    last = shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4)
+    height, width = shape[1:3] if last else shape[2:]
+    return width, height
 
 # %% ../../nbs/graph/01_contract.ipynb #cell-29
 _LOOP = (b"\x22\x04Loop", b"\x22\x04Scan")  # how protobuf writes a NodeProto's operator
