@@ -108,7 +108,7 @@ def advise(
         raise InputError("advise on what?", expected="--model and --config, or --stats")
     observed = read_stats(stats) if stats is not None else _observed(model, config, images, num_samples, seed)
     advice = [advise_images(observed, name, tolerance_db=tolerance, seed=seed) for name in method or ("minmax", "ema")]
-    typer.echo(f"calibration_num for random images of this kind, and what single draws need, from {advice[0].pool:,}")
+    typer.echo(f"calibration_num for random images, and what single draws need, of {advice[0].pool:,} to draw from")
     typer.echo("\n".join(map(str, advice)))
     if output:
         typer.echo(f"figure: {save_figure(plot_advice(advice[0]), output)}")

@@ -57,7 +57,8 @@ def layout_words(name: str, own: str, tensor: np.ndarray, expected: tuple[int, .
     """
     if name == own:
         return ""
-    shown = f"{list(np.shape(tensor))} instead of {list(expected)}"
+    shape, wanted = list(np.shape(tensor)), list(expected)
+    shown = f"{shape}" if shape == wanted else f"{shape} instead of {wanted}"
     if name.startswith("reshaped from"):
         return f"the memory is reshaped, not transposed: {name.split()[-1]} values stand in a tensor {shown}"
     if name.startswith("flat"):
