@@ -457,6 +457,7 @@ def expected_seconds(
     measure = pace.write + pace.run
     normal = any(n.op_type == "LayerNormalization" for n in graph.nodes)
     plans = {"equalize": 1, "smooth": min(width, 2) * normal, "absorb": 0.5, "bias": min(width, 2)}
+    plans["ends"] = min(width, 2) * profile.host_ends
     repaired = sum(plans[step] for step in steps if step in plans)
     operators = int8_operators(graph, profile)
     nodes = sum(operators is None or op in operators for op in macs(graph).op if op not in profile.float_operators)

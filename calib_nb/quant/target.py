@@ -39,6 +39,8 @@ class Profile:
             before it keeps any in float; 0 for a target without them.
         float_where_faster: Whether nodes stay in float that integer kernels slow down, as far as shapes tell;
             see `units.faster_in_float`.
+        host_ends: Whether the host may have a scale for each channel of the last layers, and what follows them without
+            a product; see `mixed.scale_outputs`.
         avx2_safe: Whether weights are held back so that two neighbouring products fit into 16 bits, as x86 processors
             with AVX2 and without VNNI need; it costs accuracy, and nothing else needs it.
         about: A sentence that says where the facts are from.
@@ -63,6 +65,7 @@ class Profile:
     float_macs: float = 0.01
     wide_nodes: float = 0.0
     float_where_faster: bool = False
+    host_ends: bool = True
     avx2_safe: bool = False
     about: str = ""
 
@@ -128,7 +131,8 @@ PROFILES = {
             activation_symmetric=False,
             float_nodes=0.0,
             float_macs=0.0,
-            about="As per-tensor-npu, for a device that has no float: a recipe keeps no node in float.",
+            about="As per-tensor-npu, for a device that has no float: a recipe keeps no node in float, and every "
+            "multiply-accumulate is in INT8. The host reads the outputs, with a scale per channel where that helps.",
         ),
         Profile(
             "ort-cpu",
