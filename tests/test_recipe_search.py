@@ -259,3 +259,40 @@ def test_bounds_are_those_of_a_table_cut_cell_by_cell(seed):
     ends[rng.integers(6)] = -np.inf, np.inf
     table = pd.DataFrame(ends, columns=["low", "high"], index=pd.Index(list("xarmbc"), name="tensor"))
     pd.testing.assert_frame_equal(bound_ranges(graph, table), cell_by_cell(graph, table))
+
+
+# ------------------------------------------------------------------ huge channels
+
+
+@pytest.mark.parametrize("target", ["int8-only", "ort-cpu"])
+def test_a_channel_that_fills_its_tensor_is_spread(tmp_path, target):
+    """A stream with a channel thirty times as large as the others, in front of a LayerNormalization."""
+    rng, sizes = np.random.default_rng(0), np.where(np.arange(32) == 5, 30.0, 1.0)
+    text = """c = Conv (x, w)
+    t = Transpose <perm = [0, 2, 3, 1]> (c)
+    r = Relu (t)
+    m = MatMul (r, u)
+    s = Add (t, m)
+    l = LayerNormalization (s, g, h)
+    y = MatMul (l, q)"""
+    weights = {
+        "w": rng.normal(0, 1, (32, 3)) * sizes[:, None],
+        "u": rng.normal(0, 0.1, (32, 32)) * sizes / sizes[:, None],
+    }
+    weights |= {"q": rng.normal(0, 0.3, (32, 4)), "g": rng.uniform(0.5, 1.5, 32) / sizes, "h": rng.normal(0, 0.1, 32)}
+    weights["w"] = weights["w"][:, :, None, None]
+    model = network(text, inputs={"x": (1, 3, 8, 8)}, **weights).save(tmp_path / "block.onnx")
+    options = {"profile": target, "steps": ("spread",), **QUIET}
+    table = auto(model, IMAGES, scale, tmp_path / f"{target}.onnx", **options).steps
+    assert table.step[table.kept].tolist() == ["minmax", "spread"] and table.noise.iloc[-1] < 0.3 * table.noise[0]
+
+
+def test_weights_are_fitted_to_the_activations_that_arrive(tmp_path):
+    """Ranges that cut a channel: what is cut off shows in another channel, from which a layer can take it back."""
+    rng = np.random.default_rng(0)
+    w, v = rng.normal(0, 0.3, (8, 3, 1, 1)), rng.normal(0, 0.3, (4, 8, 1, 1))
+    w[1], w[2] = 8 * w[0], 4 * w[0]
+    model = network("c = Conv (x, w); y = Conv (c, v)", inputs={"x": (1, 3, 8, 8)}, w=w, v=v).save(tmp_path / "m.onnx")
+    options = {"profile": "int8-only", "steps": ("weights",), **QUIET}
+    table = auto(model, IMAGES, scale, tmp_path / "fitted.onnx", **options).steps
+    assert table.step.tolist() == ["minmax", "weights"] and table.noise[table.kept].iloc[-1] <= table.noise[0]

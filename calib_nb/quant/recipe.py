@@ -19,7 +19,16 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, require_known
 from ..core.parallel import bar_switch
 from .mixed import node_lists, product_nodes, wide_lists
-from .plans import CANDIDATES, REPAIRS, STEP_COLUMNS, PlanOptions, PlanSearch, TriedPlan, repaired_plans
+from calib_nb.quant.plans import (
+    CANDIDATES,
+    REPAIRS,
+    STEP_COLUMNS,
+    PlanOptions,
+    PlanSearch,
+    TriedPlan,
+    repaired_plans,
+    with_fitted_weights,
+)
 from calib_nb.quant.quantize import (
     QuantizedModel,
     QuantizeOptions,
@@ -68,8 +77,8 @@ def shown_steps(steps: pd.DataFrame, measure: NoiseMeasure) -> pd.DataFrame:
     return table if measure.unit == "dB" else table.drop(columns=["gain_db", "error_db"])
 
 # %% ../../nbs/quant/18_recipe.ipynb #cell-11
-STEPS = ("equalize", "smooth", "absorb", "ends", "round", "bias")
-STEPS += ("outputs", "wide_nodes", "float_nodes", "methods", "clip", "ranges")
+STEPS = ("equalize", "smooth", "spread", "absorb", "round", "bias")
+STEPS += ("outputs", "wide_nodes", "float_nodes", "methods", "clip", "ranges", "weights")
 RECIPES = {"auto": tuple(step for step in STEPS if step != "round"), "thorough": STEPS, "all": ("methods",)}
 
 
@@ -150,7 +159,8 @@ def _clipped(search: PlanSearch, on: TriedPlan) -> TriedPlan:
 
 def _searched(search: PlanSearch, on: TriedPlan) -> TriedPlan:
     plan = on.plan
-    options = SearchOptions(runs=search.runs, **plan.nodes, **search.how)
+    nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
+    options = SearchOptions(runs=search.runs, **nodes, **search.how)
     tables, inputs = {m: plan.observed(m) for m in RANGE_METHODS}, search.inputs[: options.inputs]
     reference = outputs_of(search.simple, inputs, threads=search.threads)
     searched = search_ranges(plan.graph, tables, plan.method, search.target, inputs, reference, options)
@@ -160,8 +170,14 @@ def _searched(search: PlanSearch, on: TriedPlan) -> TriedPlan:
     return _less_noisy(search, on, search.measure(replace(plan, table=searched.table), "ranges", detail, on))
 
 
+def _fitted(search: PlanSearch, on: TriedPlan) -> TriedPlan:
+    plan = with_fitted_weights(search, on.plan)
+    detail = "weights fitted to the rounded activations"
+    return on if plan is None else _less_noisy(search, on, search.measure(plan, "weights", detail, on))
+
+
 _CHOICES = {"wide_nodes": _with_wide_nodes, "float_nodes": _with_float_nodes, "methods": _best_method}
-_CHOICES |= {"clip": _clipped, "ranges": _searched, "outputs": _with_limits}
+_CHOICES |= {"clip": _clipped, "ranges": _searched, "outputs": _with_limits, "weights": _fitted}
 _PLANS = {"methods": 2, "clip": 2, "outputs": 2}  # how many of the best ones a choice is tried on; 1 of the others
 
 
@@ -229,7 +245,6 @@ def auto(
     plan = best.plan
     method = f"auto: {plan.method}" + (", then tensor by tensor" if plan.table is not None else "")
     notes = {"method": method, "recipe": json.dumps(table[table.kept].detail.tolist())} | request
-    notes |= {"host_nodes": json.dumps(list(plan.host_nodes))} if plan.host_nodes else {}
     kept = {"float_nodes": plan.float_nodes, "trial": search.trial()}
     written = write_int8_model(plan.graph, search.written(plan), target, output, notes, model, **kept)
     share = best.noise if search.by.unit == "dB" else written.share
