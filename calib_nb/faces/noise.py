@@ -82,25 +82,32 @@ def cells_noise(
         threshold: Least score (0-1) of a cell in the float model; lower than a face's, because noise lifts cells, too.
 
     Returns:
-        The measure, with the aspects and the unit of `face_noise`.
+        The measure, with the aspects and the unit of `face_noise`. A cell that only the other model is sure of adds the
+        change of its score, shared by the image's sure cells, to each of them.
     """
 
     def noise(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        picked: list[np.ndarray] = []
+        wanted, got = [], []  # the scores of each stride's cells
 
         def sure(scores: np.ndarray) -> np.ndarray:
-            picked.append(np.flatnonzero(scores >= threshold))
-            return picked[-1]
+            wanted.append(scores)
+            return np.flatnonzero(scores >= threshold)
+
+        def same(scores: np.ndarray) -> np.ndarray:
+            got.append(scores)
+            return np.flatnonzero(wanted[len(got) - 1] >= threshold)
 
         before = decode(dict(zip(names, reference)), input_size, sure)
-        places = iter(picked)
-        after = decode(dict(zip(names, outputs)), input_size, lambda scores: next(places))
-        values, weights = np.zeros(len(before)), np.array([float(len(at) > 0) for at in picked])
+        after = decode(dict(zip(names, outputs)), input_size, same)
+        values, weights = np.zeros(len(before)), np.array([float(len(scores) > 0) for _, scores, _ in before])
+        a, b = (np.concatenate(part).astype(np.float64) for part in (wanted, got))
+        false = np.square(b - a)[(a < threshold) & (b >= threshold)].sum() / _TOLERATED[2] ** 2
+        false /= max(sum(len(scores) for _, scores, _ in before), 1)
         for k in np.flatnonzero(weights):
             box, score, points = (
                 np.square(a - b, dtype=np.float64).reshape(len(a), -1).sum(1) for a, b in zip(before[k], after[k])
             )
-            values[k] = sum(m / t**2 for m, t in zip((points / 5, box, score), _TOLERATED)).mean()
+            values[k] = false + sum(m / t**2 for m, t in zip((points / 5, box, score), _TOLERATED)).mean()
         return values, weights
 
     return NoiseMeasure(noise, "drift of faces", "px", goal=0.25, floor=16.0)
