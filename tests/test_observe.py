@@ -56,6 +56,20 @@ def measured(x, bins=32):
     return bad, values, counts[0, :used], int(k), int(first)
 
 
+def test_narrow_counts_say_what_wide_ones_do():
+    rng, found = np.random.default_rng(0), []
+    images = [rng.normal(0, 4.0**k, 3000).astype(np.float32) for k in (0, 2, 1, 3)]  # the grid moves
+    for most in (12_000, 2**31):
+        part, whole = (Collector(["x"], bins=64, images=4, most=m) for m in (most, 2**40))
+        for row, x in enumerate(images):
+            assert part.measure(row, str(row), x, np.array([0]), np.array([x.size])) < 0
+        whole.join(part, range(4))
+        assert part.total[0].dtype == (np.int32 if most < 2**31 else np.int64) and part.stats() == whole.stats()
+        assert part.stats().counts.dtype == whole.stats().counts.dtype == np.int64
+        found.append(whole.stats())
+    assert found[0] == found[1] and found[0].counts.sum() == 12_000
+
+
 @given(floats, floats, st.integers(16, 5000))
 @example(0.0, 0.0, 4096)
 @example(3.0, 3.0, 4096)

@@ -187,20 +187,23 @@ def fold(
         target[i] += bins[i]
 
 # %% ../../nbs/quant/01_kernels.ipynb #cell-29
-def histograms(tensors: int, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def histograms(
+    tensors: int, capacity: int, dtype: type = np.int64
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Histograms without a count.
 
     Args:
         tensors: Number of tensors.
         capacity: Bins of each.
+        dtype: Of the counts: int64, or int32 for less than 2^31 values of a tensor, which takes less time.
 
     Returns:
-        Counts int64 [tensors, capacity]; exponents and first bins, int64 [tensors]; least and greatest values, float32
+        Counts [tensors, capacity]; exponents and first bins, int64 [tensors]; least and greatest values, float32
         [tensors]: a least one above the greatest says that nothing is counted.
     """
     ends = np.full(tensors, np.inf, np.float32)
     exponents, firsts = np.zeros((2, tensors), np.int64)
-    return np.zeros((tensors, capacity), np.int64), exponents, firsts, ends, -ends
+    return np.zeros((tensors, capacity), dtype), exponents, firsts, ends, -ends
 
 
 @kernel

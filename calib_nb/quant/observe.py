@@ -245,6 +245,12 @@ def _not_finite(graph: Graph, names: Collection[str], tensor: str, label: str) -
     return ModelError(f"{named} holds NaN or infinity on {label}", expected="finite activations", fix=fix)
 
 
+def _collector(shapes: Mapping[str, tuple[int, ...]], bins: int, images: int, digest: str = "") -> Collector:
+    """A collector of so many images at most."""
+    most = images * max(map(math.prod, shapes.values()))
+    return Collector(list(shapes), bins=bins, images=images, model_sha256=digest, most=most)
+
+
 class _Observer:
     """What the workers of a cluster observe with: it travels as the graph's file, and is opened once on a worker."""
 
@@ -267,7 +273,7 @@ class _Observer:
     def __call__(self, images: list) -> ActivationStats:
         shapes, shape, preprocess, options, digest = self.plan
         worker = self.idle.pop() if self.idle else Worker(self.session, shapes, options.channels)
-        collector = Collector(list(shapes), bins=options.bins, images=len(images), model_sha256=digest)
+        collector = _collector(shapes, options.bins, len(images), digest)
         for row, (label, image) in enumerate(images):
             if (bad := worker.run(network_input(image, preprocess, shape), collector, row, label)) >= 0:
                 raise _not_finite(self.graph, options.names, collector.tensors[bad], label)
@@ -377,7 +383,7 @@ class _Pass:
         return self.collector.stats()
 
     def _collector(self, images: int) -> Collector:
-        return Collector(list(self.shapes), bins=self.options.bins, images=images)
+        return _collector(self.shapes, self.options.bins, images)
 
     def _input(self, image) -> np.ndarray:
         return network_input(image, self.preprocess, self.shape)

@@ -236,12 +236,21 @@ class Collector:
         bins: Least number of histogram bins over a range, at least 16.
         images: Rows to begin with; the room grows.
         model_sha256: Hash of the model file.
+        most: Values of a tensor, in all images together, that are not exceeded; fewer than 2^31 take less time.
 
     Raises:
         InputError: No tensor, one twice, or too few bins.
     """
 
-    def __init__(self, tensors: Sequence[str], *, bins: int = 2048, images: int = 64, model_sha256: str = ""):
+    def __init__(
+        self,
+        tensors: Sequence[str],
+        *,
+        bins: int = 2048,
+        images: int = 64,
+        model_sha256: str = "",
+        most: float = float("inf"),
+    ):
         from calib_nb.quant.kernels import histograms
 
         n = len(tensors)
@@ -250,7 +259,7 @@ class Collector:
             raise InputError(f"{bins} bins for {n} tensors", expected=expected)
         self.tensors, self.model_sha256, self.labels = tuple(tensors), model_sha256, {}
         self.values = new_rows((images, n, 4 + len(QUANTILES)))
-        self.total = histograms(n, 2 * bins)
+        self.total = histograms(n, 2 * bins, np.int32 if most < 2**31 else np.int64)
         self.sums: dict[str, ChannelSums] = {}
         self._written = 0
 
@@ -330,7 +339,7 @@ class Collector:
         """The statistics so far; the running numbers may change afterwards."""
         rows = sorted(self.labels, key=self.labels.get)
         labels = tuple(self.labels[r] for r in rows)
-        histograms = [array.copy() for array in self.total[:3]]
+        histograms = [array.astype(np.int64) for array in self.total[:3]]
         sums = {name: sums.copy() for name, sums in sorted(self.sums.items())}
         return ActivationStats(self.tensors, labels, take(self.values, rows), *histograms, self.model_sha256, sums)
 
