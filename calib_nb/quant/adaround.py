@@ -328,6 +328,8 @@ def _fit(weight: np.ndarray, bias: np.ndarray, groups: int, x: np.ndarray, y: np
     old = weight.reshape(groups, len(weight) // groups, -1).swapaxes(1, 2).astype(np.float64)
     x = np.ascontiguousarray(x.swapaxes(0, 1), np.float64)
     e = (y - bias).reshape(len(y), groups, -1).swapaxes(0, 1) - x @ old
+    middle = x.mean(1, keepdims=True)
+    x = x - middle  # sums of squares of what is far from zero and hardly varies would lose its variance
     ends = np.linspace(0, len(y), _PARTS + 1).astype(int)
     parts = [_sums(x[:, a:b], e[:, a:b]) for a, b in zip(ends, ends[1:])]
     whole, (change, shifts) = [sum(sums) for sums in zip(*parts)], _fitted_change(parts)
@@ -338,7 +340,7 @@ def _fit(weight: np.ndarray, bias: np.ndarray, groups: int, x: np.ndarray, y: np
         rows = [_one_by_one(w, s, m, bits) for w, s, m in zip(old + change, scale, held)]
         fitted = np.array(rows).swapaxes(1, 2).reshape(weight.shape)
     moved = fitted.reshape(groups, len(weight) // groups, -1).swapaxes(1, 2) - old
-    return fitted, bias + (_shift(whole, moved).ravel() if shifts else 0)
+    return fitted, bias + (_shift(whole, moved) - (middle @ moved)[:, 0]).ravel() * shifts
 
 
 def fit_weights(
