@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_float_nodes', 'product_nodes', 'node_lists', 'with_writers', 'wide_lists', 'ChannelStreams', 'channel_streams',
-           'spread_rotation', 'even_streams']
+           'spread_rotation', 'even_streams', 'last_layers', 'output_factors', 'scale_outputs']
 
 # %% ../../nbs/quant/14_mixed.ipynb #cell-2
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ from ..graph.layers import Layer, get_bias, get_weight, layers, macs, set_bias, 
 from ..graph.model import Graph, attribute, open_graph
 from .sensitivity import linear_readers
 from .target import Profile
-from .units import KnownRanges, shares_codes
+from .units import LINEAR, KnownRanges, inner_tensors, shares_codes
 
 # %% ../../nbs/quant/14_mixed.ipynb #cell-7
 def choose_float_nodes(
@@ -404,3 +404,120 @@ def _divide_constants(graph: Graph, node, factors: np.ndarray, axis: int) -> Non
             form = [-1 if j == axis else 1 for j in range(rank)] if node.op_type == "Add" else [-1]
             value = value.reshape((1,) * (len(form) - value.ndim) + value.shape) if node.op_type == "Add" else value
             graph.set_input(node, k, (value / factors.reshape(form)).astype(np.float32), f"{node.output[0]}_{k}")
+
+# %% ../../nbs/quant/14_mixed.ipynb #cell-34
+_MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Concat", "Slice", "Split", "Gather")
+_VALUES = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "Exp", "Log", "Sqrt", "Neg", "Add", "Sub", "Mul", "Div", "Clip")
+_TAIL = {*_MOVES, *_VALUES, "Cast", "Shape", "HardSigmoid", "Softplus"}
+
+
+def last_layers(graph: Graph) -> tuple[list[Layer], list[str]]:
+    """The layers behind which nothing but the host's arithmetic comes.
+
+    Args:
+        graph: A simplified float graph.
+
+    Returns:
+        The layers, and the names of all nodes behind them; none are inside a unit with a Relu or Clip.
+    """
+    inside = set(inner_tensors(graph))
+    ends = {layer.output: layer for layer in layers(graph) if layer.op in LINEAR and layer.output not in inside}
+    behind: dict[str, dict[str, object]] = {}  # by output of a layer, the nodes that it reaches
+    for end in ends:
+        todo, found = [end], {}
+        while todo:
+            new = [n for n in graph.consumers(todo.pop()) if n.name not in found]
+            found |= {n.name: n for n in new}
+            todo += [o for n in new for o in n.output]
+        behind[end] = found
+    kept = [end for end, nodes in behind.items() if all(n.op_type in _TAIL for n in nodes.values())]
+    while True:
+        nodes = {name: n for end in kept for name, n in behind[end].items()}
+        made = {*kept, *graph.constants, *(o for n in nodes.values() for o in n.output), ""}
+        foreign = {name for name, n in nodes.items() if not made.issuperset(n.input)}
+        if not foreign:
+            return [ends[end] for end in kept], [n.name for n in graph.nodes if n.name in nodes]
+        kept = [end for end in kept if foreign.isdisjoint(behind[end])]
+
+
+def output_factors(half: np.ndarray, rows: np.ndarray, power: float) -> np.ndarray:
+    """What the channels of a layer are multiplied by, where its weights share one scale.
+
+    Args:
+        half: Half the width of each channel's range, float [channels].
+        rows: The largest weight of each channel, float [channels].
+        power: Sum of the mean squares of the inputs that a channel sums over.
+
+    Returns:
+        float64 [channels], with a geometric mean of 1: one over `half` where that leaves no weight too large. How large
+        is too large makes the noise of both roundings, as a share of the channel's range, least in dB.
+    """
+    ratio = np.maximum(rows, 1e-30) / half
+    limits = np.unique(ratio)
+    noise = [np.log((1 + power * b * b) * np.maximum(1, ratio / b) ** 2).mean() for b in limits]
+    factors = np.minimum(1.0, limits[int(np.argmin(noise))] / ratio) / half
+    return factors / np.exp(np.log(factors).mean())
+
+
+def scale_outputs(
+    graph: Graph, inputs: Sequence[np.ndarray], *, per_channel: bool = False, threads: int = 2
+) -> tuple[Graph, tuple[str, ...]]:
+    """Give each channel of the last layers a range that fills the grid, and let the host undo it.
+
+    Args:
+        graph: A simplified float graph; it is not changed.
+        inputs: Calibration inputs, float32 arrays [1, C, H, W].
+        per_channel: Whether weights have a scale per channel.
+        threads: Threads of ONNX Runtime.
+
+    Returns:
+        A graph with the same float outputs, and the names of the nodes that are the host's; the graph as given and no
+        names where no layer is the last.
+
+    Source: Nagel et al. 2019, section 4.1, with the host as the reader.
+    """
+    ends, behind = last_layers(graph)
+    names = list(dict.fromkeys(name for layer in ends for name in (layer.output, layer.node.input[0])))
+    if not ends or not len(inputs):
+        return graph, ()
+    session, seen = open_graph(graph, names, threads=threads), {layer.output: [] for layer in ends}
+    for x in inputs:
+        values = dict(zip(names, session.run(names, {i.name: x for i in session.get_inputs()})))
+        for layer in ends:
+            out = np.moveaxis(values[layer.output], 1 if layer.op.startswith("Conv") else -1, 0)
+            square = np.square(values[layer.node.input[0]], dtype=np.float64).mean()
+            seen[layer.output].append((*(end(out.reshape(len(out), -1), axis=1) for end in (np.min, np.max)), square))
+    new, host = graph.copy(), []
+    for layer in [layer for layer in layers(new) if layer.output in seen]:
+        low, high, square = (np.array(part) for part in zip(*seen[layer.output]))
+        middle, half = (low.min(0) + high.max(0)) / 2, np.maximum((high.max(0) - low.min(0)) / 2, 1e-6)
+        half = np.maximum(half, half.max() / 1000)  # a channel that hardly moves needs no step of its own
+        weight = get_weight(new, layer)
+        rows = np.abs(weight).reshape(len(weight), -1).max(1)
+        power = float(square.mean()) * weight[0].size
+        factors = 1 / half if per_channel else output_factors(half, rows, power)
+        host += _scaled(new, layer, factors, middle)
+    return new.infer(), (*behind, *host)
+
+
+def _scaled(graph: Graph, layer: Layer, factors: np.ndarray, middle: np.ndarray) -> list[str]:
+    """Shift and multiply a layer's channels, in place, and undo it behind; names of the two nodes that do."""
+    import onnx
+
+    out, weight, rank = layer.output, get_weight(graph, layer), len(graph.shape(layer.output))
+    bias = (get_bias(graph, layer) - middle) * factors
+    set_weight(graph, layer, weight * factors.reshape(-1, *[1] * (weight.ndim - 1)))
+    last = set_bias(graph, layer, bias)
+    maker = last.adder or last.node
+    form = (1, -1, *[1] * (rank - 2)) if layer.op.startswith("Conv") else (-1,)
+    after = next((n for n in graph.nodes if out in n.input), None)
+    scaled, back = graph.new_name(f"{out}_scaled"), graph.new_name(f"{out}_back")
+    maker.output[0] = scaled
+    steps = (("Mul", scaled, 1 / factors, back), ("Add", back, middle, out))
+    nodes = []
+    for op, source, values, result in steps:
+        constant = graph.set_constant(graph.new_name(f"{result}_{op}"), values.astype(np.float32).reshape(form))
+        name = graph.new_name(f"{out}_host_{op.lower()}")
+        nodes.append(graph.insert(onnx.helper.make_node(op, [source, constant], [result], name=name), after).name)
+    graph.changed()
+    return nodes

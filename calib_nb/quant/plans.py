@@ -21,7 +21,7 @@ from ..graph.model import Graph, load_graph
 from .adaround import adaround, fit_weights
 from .bias_clip import absorb_bias, clip_ranges, correct_bias
 from .equalize import equalize
-from .mixed import even_streams
+from .mixed import even_streams, scale_outputs
 from .observe import network_input
 from calib_nb.quant.quantize import (
     TRIALS,
@@ -62,6 +62,7 @@ class Plan:
         clip: Whether ranges are cut at six standard deviations.
         float_nodes: Names of nodes kept in float.
         wide_nodes: Names of nodes with 16-bit activations.
+        host_nodes: Names of nodes behind the last layers that the host computes, in float.
         table: Columns low and high per tensor, chosen one by one; None for those of the method.
         limits: Low and high by name of an output, beyond which no value counts.
     """
@@ -72,9 +73,15 @@ class Plan:
     clip: bool = False
     float_nodes: tuple[str, ...] = ()
     wide_nodes: tuple[str, ...] = ()
+    host_nodes: tuple[str, ...] = ()
     table: pd.DataFrame | None = None
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     _known: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def nodes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the nodes that are written in float, and with 16 bits."""
+        return {"float_nodes": (*self.float_nodes, *self.host_nodes), "wide_nodes": self.wide_nodes}
 
     def observed(self, method: str) -> pd.DataFrame:
         """Ranges by a method, cut where this plan cuts; columns low and high per tensor."""
@@ -216,8 +223,7 @@ class PlanSearch:
 
     def written(self, plan: Plan) -> Graph:
         """A plan's INT8 form."""
-        nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
-        return write_qdq(plan.graph, plan.ranges(), self.target, **nodes)
+        return write_qdq(plan.graph, plan.ranges(), self.target, **plan.nodes)
 
     def parts(self, plan: Plan) -> NoiseParts:
         """Noise of a plan's INT8 form on each tuning image."""
@@ -229,7 +235,8 @@ class PlanSearch:
 
     def sensitivity(self, plan: Plan, target: Profile) -> pd.DataFrame:
         """The noise that each node of a plan makes alone on a target."""
-        return sensitivity(plan.graph, plan.ranges(), target, self.inputs[:16], **self.how)
+        table = sensitivity(plan.graph, plan.ranges(), target, self.inputs[:16], **self.how)
+        return table[~table.node.isin(plan.host_nodes)].reset_index(drop=True)
 
     def better(self, tried: TriedPlan, before: TriedPlan) -> bool:
         """Whether a plan is less noisy than another by more than the error of that."""
@@ -284,6 +291,14 @@ def _absorbed(search: PlanSearch, plan: Plan) -> Plan | None:
     return _changed(search, plan, absorb_bias(plan.graph, search.inputs))
 
 
+def _scaled(search: PlanSearch, plan: Plan) -> Plan | None:
+    if not search.target.host_ends or plan.host_nodes:
+        return None
+    settings = {"per_channel": search.target.weight_per_channel, "threads": search.threads}
+    graph, host = scale_outputs(plan.graph, search.inputs, **settings)
+    return replace(search.plan(graph, plan), host_nodes=host) if host else None
+
+
 def _rounded(search: PlanSearch, plan: Plan) -> Plan | None:
     settings = {"threads": search.threads, "progress": search.progress}
     learned = adaround(plan.graph, search.inputs, per_channel=search.target.weight_per_channel, **settings)
@@ -310,6 +325,7 @@ REPAIRS = {
     "smooth": (_smoothed, "channels behind LayerNormalization evened into the weights"),
     "spread": (_spread, "huge channels spread in front of LayerNormalization, and divided where only layers read them"),
     "absorb": (_absorbed, "what channels always exceed moved into the biases of their readers"),
+    "ends": (_scaled, "a scale for each channel of the last layers, which the host has"),
     "round": (_rounded, "AdaRound"),
     "bias": (_corrected, "bias correction"),
 }

@@ -465,6 +465,7 @@ def expected_seconds(
         "smooth": min(width, 2) * normal,
         "spread": min(width, 2) * normal,
         "absorb": 0.5,
+        "ends": min(width, 2) * profile.host_ends,
         "bias": min(width, 2),
     }
     repaired = sum(plans[step] for step in steps if step in plans)

@@ -77,7 +77,7 @@ def shown_steps(steps: pd.DataFrame, measure: NoiseMeasure) -> pd.DataFrame:
     return table if measure.unit == "dB" else table.drop(columns=["gain_db", "error_db"])
 
 # %% ../../nbs/quant/18_recipe.ipynb #cell-11
-STEPS = ("equalize", "smooth", "spread", "absorb", "round", "bias")
+STEPS = ("equalize", "smooth", "spread", "absorb", "ends", "round", "bias")
 STEPS += ("outputs", "wide_nodes", "float_nodes", "methods", "clip", "ranges", "weights")
 RECIPES = {"auto": tuple(step for step in STEPS if step != "round"), "thorough": STEPS, "all": ("methods",)}
 
@@ -159,8 +159,7 @@ def _clipped(search: PlanSearch, on: TriedPlan) -> TriedPlan:
 
 def _searched(search: PlanSearch, on: TriedPlan) -> TriedPlan:
     plan = on.plan
-    nodes = {"float_nodes": plan.float_nodes, "wide_nodes": plan.wide_nodes}
-    options = SearchOptions(runs=search.runs, **nodes, **search.how)
+    options = SearchOptions(runs=search.runs, **plan.nodes, **search.how)
     tables, inputs = {m: plan.observed(m) for m in RANGE_METHODS}, search.inputs[: options.inputs]
     reference = outputs_of(search.simple, inputs, threads=search.threads)
     searched = search_ranges(plan.graph, tables, plan.method, search.target, inputs, reference, options)
@@ -245,6 +244,7 @@ def auto(
     plan = best.plan
     method = f"auto: {plan.method}" + (", then tensor by tensor" if plan.table is not None else "")
     notes = {"method": method, "recipe": json.dumps(table[table.kept].detail.tolist())} | request
+    notes |= {"host_nodes": json.dumps(list(plan.host_nodes))} if plan.host_nodes else {}
     kept = {"float_nodes": plan.float_nodes, "trial": search.trial()}
     written = write_int8_model(plan.graph, search.written(plan), target, output, notes, model, **kept)
     share = best.noise if search.by.unit == "dB" else written.share
