@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_float_nodes', 'product_nodes', 'node_lists', 'with_writers', 'wide_lists', 'ChannelStreams', 'channel_streams',
-           'spread_rotation', 'even_streams', 'last_layers', 'output_factors', 'scale_outputs']
+           'spread_rotation', 'even_streams', 'output_factors', 'scale_outputs']
 
 # %% ../../nbs/quant/14_mixed.ipynb #cell-2
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ from ..graph.layers import Layer, get_bias, get_weight, layers, macs, set_bias, 
 from ..graph.model import Graph, attribute, open_graph
 from .sensitivity import linear_readers
 from .target import Profile
-from .units import LINEAR, KnownRanges, inner_tensors, shares_codes
+from .units import KnownRanges, last_layers, shares_codes
 
 # %% ../../nbs/quant/14_mixed.ipynb #cell-7
 def choose_float_nodes(
@@ -406,40 +406,6 @@ def _divide_constants(graph: Graph, node, factors: np.ndarray, axis: int) -> Non
             graph.set_input(node, k, (value / factors.reshape(form)).astype(np.float32), f"{node.output[0]}_{k}")
 
 # %% ../../nbs/quant/14_mixed.ipynb #cell-34
-_MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Concat", "Slice", "Split", "Gather")
-_VALUES = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "Exp", "Log", "Sqrt", "Neg", "Add", "Sub", "Mul", "Div", "Clip")
-_TAIL = {*_MOVES, *_VALUES, "Cast", "Shape", "HardSigmoid", "Softplus"}
-
-
-def last_layers(graph: Graph) -> tuple[list[Layer], list[str]]:
-    """The layers behind which nothing but the host's arithmetic comes.
-
-    Args:
-        graph: A simplified float graph.
-
-    Returns:
-        The layers, and the names of all nodes behind them; none are inside a unit with a Relu or Clip.
-    """
-    inside = set(inner_tensors(graph))
-    ends = {layer.output: layer for layer in layers(graph) if layer.op in LINEAR and layer.output not in inside}
-    behind: dict[str, dict[str, object]] = {}  # by output of a layer, the nodes that it reaches
-    for end in ends:
-        todo, found = [end], {}
-        while todo:
-            new = [n for n in graph.consumers(todo.pop()) if n.name not in found]
-            found |= {n.name: n for n in new}
-            todo += [o for n in new for o in n.output]
-        behind[end] = found
-    kept = [end for end, nodes in behind.items() if all(n.op_type in _TAIL for n in nodes.values())]
-    while True:
-        nodes = {name: n for end in kept for name, n in behind[end].items()}
-        made = {*kept, *graph.constants, *(o for n in nodes.values() for o in n.output), ""}
-        foreign = {name for name, n in nodes.items() if not made.issuperset(n.input)}
-        if not foreign:
-            return [ends[end] for end in kept], [n.name for n in graph.nodes if n.name in nodes]
-        kept = [end for end in kept if foreign.isdisjoint(behind[end])]
-
-
 def output_factors(half: np.ndarray, rows: np.ndarray, power: float) -> np.ndarray:
     """What the channels of a layer are multiplied by, where its weights share one scale.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDEST', 'LINEAR', 'softmax_range', 'KnownRanges', 'shares_codes', 'inner_tensors', 'computing', 'products_only',
-           'int8_operators', 'faster_in_float', 'UnitPlan']
+           'int8_operators', 'faster_in_float', 'UnitPlan', 'last_layers']
 
 # %% ../../nbs/quant/11_units.ipynb #cell-2
 from collections.abc import Collection
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError, suggest
-from ..graph.layers import activations, aliases, layers, macs
+from ..graph.layers import Layer, activations, aliases, layers, macs
 from ..graph.model import Graph, attribute
 from .equalize import clip_bounds
 from .target import Profile
@@ -285,3 +285,37 @@ class UnitPlan:
         """Float tensors of a node that somebody reads."""
         read = [o for o in node.output if o and (self.graph.consumers(o) or o in self.graph.outputs)]
         return [o for o in read if self.graph.is_float(o)]
+
+# %% ../../nbs/quant/11_units.ipynb #cell-31
+_PASSED = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Concat", "Slice", "Split", "Gather")
+_VALUES = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "Exp", "Log", "Sqrt", "Neg", "Add", "Sub", "Mul", "Div", "Clip")
+_TAIL = {*_PASSED, *_VALUES, "Cast", "Shape", "HardSigmoid", "Softplus"}
+
+
+def last_layers(graph: Graph) -> tuple[list[Layer], list[str]]:
+    """The layers behind which nothing but the host's arithmetic comes.
+
+    Args:
+        graph: A simplified float graph.
+
+    Returns:
+        The layers, and the names of all nodes behind them; none are inside a unit with a Relu or Clip.
+    """
+    inside = set(inner_tensors(graph))
+    ends = {layer.output: layer for layer in layers(graph) if layer.op in LINEAR and layer.output not in inside}
+    behind: dict[str, dict[str, object]] = {}  # by output of a layer, the nodes that it reaches
+    for end in ends:
+        todo, found = [end], {}
+        while todo:
+            new = [n for n in graph.consumers(todo.pop()) if n.name not in found]
+            found |= {n.name: n for n in new}
+            todo += [o for n in new for o in n.output]
+        behind[end] = found
+    kept = [end for end, nodes in behind.items() if all(n.op_type in _TAIL for n in nodes.values())]
+    while True:
+        nodes = {name: n for end in kept for name, n in behind[end].items()}
+        made = {*kept, *graph.constants, *(o for n in nodes.values() for o in n.output), ""}
+        foreign = {name for name, n in nodes.items() if not made.issuperset(n.input)}
+        if not foreign:
+            return [ends[end] for end in kept], [n.name for n in graph.nodes if n.name in nodes]
+        kept = [end for end in kept if foreign.isdisjoint(behind[end])]
