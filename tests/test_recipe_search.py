@@ -1,6 +1,7 @@
 """The beam of plans, and ranges chosen tensor by tensor: never worse, repeatable, within what was observed."""
 
 import numpy as np
+import onnxruntime as ort
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from calib_nb.core.errors import InputError
 from calib_nb.core.run import sha256_file
 from calib_nb.graph.build import conv, depthwise, network, residual, sequential
-from calib_nb.graph.model import open_graph
+from calib_nb.graph.model import load_graph, open_graph
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.bias_clip import bound_ranges
+from calib_nb.quant.black_boxes import ort_static
+from calib_nb.quant.harden import harden_model
 from calib_nb.quant.plans import REPAIRS
 from calib_nb.quant.quantize import device_graph, observe_graph, range_table
 from calib_nb.quant.range_search import (
@@ -264,8 +267,7 @@ def test_bounds_are_those_of_a_table_cut_cell_by_cell(seed):
 # ------------------------------------------------------------------ huge channels
 
 
-@pytest.mark.parametrize("target", ["int8-only", "ort-cpu"])
-def test_a_channel_that_fills_its_tensor_is_spread(tmp_path, target):
+def with_a_huge_channel():
     """A stream with a channel thirty times as large as the others, in front of a LayerNormalization."""
     rng, sizes = np.random.default_rng(0), np.where(np.arange(32) == 5, 30.0, 1.0)
     text = """c = Conv (x, w)
@@ -281,10 +283,27 @@ def test_a_channel_that_fills_its_tensor_is_spread(tmp_path, target):
     }
     weights |= {"q": rng.normal(0, 0.3, (32, 4)), "g": rng.uniform(0.5, 1.5, 32) / sizes, "h": rng.normal(0, 0.1, 32)}
     weights["w"] = weights["w"][:, :, None, None]
-    model = network(text, inputs={"x": (1, 3, 8, 8)}, **weights).save(tmp_path / "block.onnx")
+    return network(text, inputs={"x": (1, 3, 8, 8)}, **weights)
+
+
+@pytest.mark.parametrize("target", ["int8-only", "ort-cpu"])
+def test_a_channel_that_fills_its_tensor_is_spread(tmp_path, target):
+    model = with_a_huge_channel().save(tmp_path / "block.onnx")
     options = {"profile": target, "steps": ("spread",), **QUIET}
     table = auto(model, IMAGES, scale, tmp_path / f"{target}.onnx", **options).steps
     assert table.step[table.kept].tolist() == ["minmax", "spread"] and table.noise.iloc[-1] < 0.3 * table.noise[0]
+
+
+def test_a_hardened_file_has_it_spread_and_onnx_runtimes_quantizer_does_well(tmp_path):
+    graph = with_a_huge_channel()
+    model, inputs = graph.save(tmp_path / "block.onnx"), [scale(image) for image in IMAGES]
+    hard = harden_model(model, IMAGES, scale, tmp_path / "hard.onnx", steps=("spread",), progress=False)
+    reference, noise = outputs_of(graph, inputs, threads=1), []
+    assert noise_ratio(reference, outputs_of(load_graph(hard.path), inputs, threads=1)) < 1e-6
+    for path in (model, hard.path):
+        session = ort.InferenceSession(str(ort_static(path, tmp_path / "q.onnx", inputs)))
+        noise.append(noise_ratio(reference, [session.run(None, {"x": x}) for x in inputs]))
+    assert noise[1] < 0.3 * noise[0]
 
 
 def test_weights_are_fitted_to_the_activations_that_arrive(tmp_path):

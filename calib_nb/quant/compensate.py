@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..core.parallel import bar_switch
 from ..core.similarity import decibels
 from ..graph.model import Graph, attribute, load_graph, open_graph
+from .adaround import round_in_turn
 from .blocks import Product, SmallModel, quantize_weights_only, weight_rows
 from .grid import block_grid, least_error_scale
 from .observe import network_input
@@ -90,18 +91,6 @@ def _start_scales(weight: np.ndarray, cost: np.ndarray, block: int) -> np.ndarra
     return np.array(scales)
 
 
-def _one_by_one(weight: np.ndarray, spread: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Codes [K, N]: one row after the other is rounded, and those behind it make up for its error."""
-    order = np.argsort(-np.diag(inputs), kind="stable")
-    factor = np.linalg.cholesky(np.linalg.inv(inputs[np.ix_(order, order)])).T
-    rest, codes = weight[order].copy(), np.empty_like(weight)
-    for k, place in enumerate(order):
-        codes[place] = np.clip(np.rint(rest[k] / spread[place]), -8, 7)
-        error = (rest[k] - codes[place] * spread[place]) / factor[k, k]
-        rest[k + 1 :] -= np.outer(factor[k, k + 1 :], error)
-    return codes
-
-
 def _best_codes(weight: np.ndarray, codes: np.ndarray, spread: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Codes of which each one in turn is the best given all others."""
     codes, power = codes.copy(), np.diag(inputs)
@@ -149,7 +138,7 @@ def compensated_grid(weight: np.ndarray, moments: InputMoments, block: int) -> t
     given, inputs = np.asarray(weight, np.float64), _damped(moments.inputs, _DAMP)
     target = given + np.linalg.solve(_damped(moments.inputs, _HOLD), moments.drift @ given)
     scales = _start_scales(target, 1 / np.diag(np.linalg.inv(inputs)), block)
-    codes = _one_by_one(target, _spread(scales, block, len(given)), inputs)
+    codes = round_in_turn(target, _spread(scales, block, len(given)), inputs, -8, 7)
     found = [nearest]
     for _ in range(_ROUNDS):
         scales = _best_scales(target, codes, scales, inputs, block)

@@ -24,6 +24,7 @@ from .bias_clip import absorb_bias, correct_bias
 from .black_boxes import BOXES, GRANULARITIES, box_noise, boxes_for, simulate
 from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips
 from .equalize import equalize
+from .mixed import even_streams
 from .observe import network_input
 from calib_nb.quant.quantize import (
     check_request,
@@ -53,6 +54,7 @@ HARDENING = {
     "equalize": ("cross-layer equalization", True),
     "even": ("activations evened where no weight grid suffers", True),
     "smooth": ("channels behind LayerNormalization evened into the weights", True),
+    "spread": ("huge channels spread in front of LayerNormalization, and divided where only layers read them", True),
     "absorb": ("what channels always exceed moved into the biases of their readers", False),
     "round": ("weights on the grid of a scale per tensor, biases corrected for it", False),
     "clips": ("tensors cut", False),
@@ -213,6 +215,12 @@ def _smoothed(search: _Hardening, plan: _Plan) -> Graph | None:
     return smooth(plan.graph, search.inputs, threads=search.options.threads)
 
 
+def _spread(search: _Hardening, plan: _Plan) -> Graph | None:
+    if not any(n.op_type == "LayerNormalization" for n in plan.graph.nodes):
+        return None
+    return even_streams(plan.graph, search.inputs[:16], threads=search.options.threads)
+
+
 def _absorbed(search: _Hardening, plan: _Plan) -> Graph | None:
     return absorb_bias(plan.graph, search.inputs)
 
@@ -224,7 +232,8 @@ def _rounded(search: _Hardening, plan: _Plan) -> Graph | None:
     return correct_bias(plan.graph, rounded, search.inputs[:16], threads=search.options.threads)
 
 
-_MAKERS = {"equalize": _equalized, "even": _evened, "smooth": _smoothed, "absorb": _absorbed, "round": _rounded}
+_MAKERS = {"equalize": _equalized, "even": _evened, "smooth": _smoothed, "spread": _spread}
+_MAKERS |= {"absorb": _absorbed, "round": _rounded}
 
 
 def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:

@@ -7,6 +7,7 @@ __all__ = ['CANDIDATES', 'STEP_COLUMNS', 'REPAIRS', 'Plan', 'PlanOptions', 'Trie
            'with_fitted_weights']
 
 # %% ../../nbs/quant/17_plans.ipynb #cell-2
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -340,12 +341,19 @@ def repaired_plans(search: PlanSearch, beam: list[TriedPlan], step: str) -> list
 
 # %% ../../nbs/quant/17_plans.ipynb #cell-19
 _FITTED = 100  # images that weights are fitted to, at most
+_FIT_BYTES = 1_000_000_000  # of tensors that are in memory meanwhile
 _ENOUGH = 8  # fewer images fit anything
+
+
+def _fitting_images(graph: Graph) -> int:
+    """How many images may run through two networks at once, of which some eight of the largest tensors are held."""
+    sizes = [math.prod(shape) for n in graph.nodes for name in n.output if (shape := graph.shape(name))]
+    return min(_FITTED, _FIT_BYTES // (8 * 4 * max(sizes, default=1)))
 
 
 def with_fitted_weights(search: PlanSearch, plan: Plan) -> Plan | None:
     """A plan whose weights suit the activations of its INT8 form; None where nothing can be fitted."""
-    images = search.calibration[:_FITTED]
+    images = search.calibration[: _fitting_images(plan.graph)]
     if search.target.weight_bits != 8 or len(images) < _ENOUGH:
         return None
     coded = set(int8_nodes(search.written(plan)))

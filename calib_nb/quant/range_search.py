@@ -7,6 +7,7 @@ __all__ = ['range_variants', 'activation_grids', 'TunableNetwork', 'float_consta
            'affordable_runs', 'search_ranges', 'Pace', 'expected_seconds']
 
 # %% ../../nbs/quant/16_range_search.ipynb #cell-2
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, require_known
 from ..core.parallel import bar_switch
-from ..graph.layers import activations, aliases, macs
+from ..graph.layers import activations, aliases, get_weight, layers, macs
 from ..graph.model import Graph, open_graph
+from .adaround import _FIT_ROWS
 from .quantize import range_table
 from .sensitivity import NoiseMeasure, Outputs, measured_outputs, noise_ratio, noise_shares
 from .target import Profile
@@ -433,6 +435,16 @@ _SHARED = 16  # images of a sensitivity pass and of a search for ranges
 _NETWORKS = 192  # of a sensitivity pass, at most
 
 
+_FIT_PACE = 5e10  # float64 operations a second, of a core
+
+
+def _fitting_work(graph: Graph) -> float:
+    """Operations of the least squares that fit all layers."""
+    shapes = [(layer.groups, get_weight(graph, layer).shape) for layer in layers(graph)]
+    sizes = [(groups, math.prod(shape[1:]), shape[0] // groups) for groups, shape in shapes]
+    return sum(groups * (2 * _FIT_ROWS * k * (k + n) + 125 * k**3) for groups, k, n in sizes)
+
+
 def expected_seconds(
     graph: Graph,
     profile: Profile,
@@ -477,6 +489,7 @@ def expected_seconds(
         "float_nodes": alone * (profile.float_nodes > 0),
         "methods": 10 * measure,
         "clip": 2 * measure,
+        "weights": 2 * pace.run + _fitting_work(graph) / _FIT_PACE,
         "ranges": 16 * pace.write + affordable_runs(graph, runs) * each,
     }
     chosen = sum(seconds[step] for step in steps if step in seconds)
