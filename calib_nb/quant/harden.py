@@ -21,7 +21,7 @@ from ..core.similarity import decibels
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from .bias_clip import absorb_bias, correct_bias
-from .black_boxes import BOXES, GRANULARITIES, box_noise, boxes_for, simulate
+from .black_boxes import BOXES, GRANULARITIES, box_parts, boxes_for, simulate
 from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips
 from .equalize import equalize
 from .mixed import even_streams
@@ -39,6 +39,7 @@ from .ranges import RANGE_METHODS, ranges
 from calib_nb.quant.sensitivity import (
     Judge,
     NoiseMeasure,
+    NoiseParts,
     as_measure,
     noise_ratio,
     noise_shares,
@@ -120,6 +121,7 @@ class _Plan:
     graph: Graph
     stats: ActivationStats
     noise: pd.Series
+    parts: NoiseParts
     float_noise: float
     path: tuple[int, ...]
     cut: pd.DataFrame | None = None
@@ -163,11 +165,11 @@ class _Hardening:
         settings = {"threads": self.options.threads, "progress": False, "names": self.names}
         return observe_graph(graph, self.calibration, self.preprocess, **settings)
 
-    def noises(self, graph: Graph, stats: ActivationStats, boxes) -> pd.Series:
+    def noises(self, graph: Graph, stats: ActivationStats, boxes) -> dict[str, NoiseParts]:
         """Noise of the outputs by simulated compiler, on the images that judge."""
         options, count = self.options, _JUDGES
         settings = {"noise": self.by, "threads": options.threads}
-        return box_noise(graph, stats, boxes, self.tuning[:count], self.reference[:count], **settings)
+        return box_parts(graph, stats, boxes, self.tuning[:count], self.reference[:count], **settings)
 
     def measured(self, graph: Graph, step: str, detail: str, exact: bool, of: _Plan | None = None, cut=None) -> _Plan:
         """A plan that was made of another one, with its noise and a row in the table."""
@@ -175,9 +177,12 @@ class _Hardening:
         stats = self.observed(graph)
         outputs = outputs_of(graph, self.tuning, threads=self.options.threads)
         as_float = noise_ratio(self.reference, outputs, self.by)
-        noise = self.noises(graph, stats, self.boxes)
+        by_box = self.noises(graph, stats, self.boxes)
+        noise = pd.Series({name: one.ratio for name, one in by_box.items()})
+        values, weights = (np.hstack([getattr(one, k) for one in by_box.values()]) for k in ("values", "weights"))
         on = " + ".join(self.rows[k][0] for k in path[1:])
-        plan = _Plan(graph, stats, noise, as_float, (*path, len(self.rows)), cut, of)
+        path = (*path, len(self.rows))
+        plan = _Plan(graph, stats, noise, NoiseParts(values, weights), as_float, path, cut, of)
         self.rows.append((step, detail, on, exact, as_float, plan.mean()))
         return plan
 
@@ -264,7 +269,9 @@ def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
 def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
     """The best of some plans and of what a step makes of each, the least noisy first; older ones if equal."""
     if step == "clips":
-        plans = [_with_clips(search, beam[0])]
+        cut = _with_clips(search, beam[0])
+        # the best of thousands of choices: images that did not choose must see a gain beyond its error
+        plans = [cut] if cut and cut.parts.surely_below(beam[0].parts, search.by.errors) else []
     else:
         plans, (detail, exact) = [], HARDENING[step]
         for plan in beam:
@@ -389,6 +396,6 @@ def harden_model(
     notes |= {"float_noise": f"{best.float_noise:.3g}", "clips": json.dumps(clips.round(6).T.to_dict("list"))}
     path = save_quantized(best.graph, output, {k: v for k, v in request.items() if k != "profile"} | notes)
     plans = {"given": search.first, "hardened": best}
-    noise = pd.DataFrame({name: search.noises(plan.graph, plan.stats, BOXES) for name, plan in plans.items()})
-    boxes = noise.map(search.by.number)
+    noise = {name: search.noises(plan.graph, plan.stats, BOXES) for name, plan in plans.items()}
+    boxes = pd.DataFrame({name: {b: search.by.number(p.ratio) for b, p in of.items()} for name, of in noise.items()})
     return Hardened(path, options.weights, table, boxes, clips, best.float_noise, _scored(search, best), search.by)
