@@ -63,9 +63,24 @@ def face_noise(names: Sequence[str], threshold: float = 0.5) -> NoiseMeasure:
                 masks[name] = np.broadcast_to((score >= threshold / 2).reshape(*shape[:-1], 1), shape)
         return list(masks.values())
 
-    return NoiseMeasure(noise, "drift of faces", "px", goal=0.25, floor=16.0, counted=counted)
+    return NoiseMeasure(noise, "drift of faces", "px", goal=0.25, floor=16.0, counted=counted, sparse=True)
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-18
+_OF_SIZE = (0.02, 0.08, 0.1)  # the same for a face of any size: points and box as shares of its side, score
+
+
+def _faces_of(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """For each cell, the place of the best one that sees the same face, int64 [cells]."""
+    face, area = np.full(len(boxes), -1), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    for i in np.argsort(-scores, kind="stable"):
+        if face[i] < 0:
+            inner = np.minimum(boxes[i, 2:], boxes[:, 2:]) - np.maximum(boxes[i, :2], boxes[:, :2])
+            shared = np.prod(np.maximum(inner, 0), axis=1)
+            face[(face < 0) & (shared > 0.4 * (area + area[i] - shared))] = i
+            face[i] = i
+    return face
+
+
 Decode = Callable[[dict[str, np.ndarray], tuple[int, int], Pick], list[Cells]]
 
 
@@ -82,8 +97,9 @@ def cells_noise(
         threshold: Least score (0-1) of a cell in the float model; lower than a face's, because noise lifts cells, too.
 
     Returns:
-        The measure, with the aspects and the unit of `face_noise`. A cell that only the other model is sure of adds the
-        change of its score, shared by the image's sure cells, to each of them.
+        The measure, with the aspects of `face_noise`; its number is the distance that points move, in percent of the
+        face. Boxes count a quarter; of scores, what the best cell of each face loses, .1 as much as two percent. Cells
+        that only the other model is sure of add the change of their scores, the mean over all that either is sure of.
     """
 
     def noise(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,16 +117,23 @@ def cells_noise(
         after = decode(dict(zip(names, outputs)), input_size, same)
         values, weights = np.zeros(len(before)), np.array([float(len(scores) > 0) for _, scores, _ in before])
         a, b = (np.concatenate(part).astype(np.float64) for part in (wanted, got))
-        false = np.square(b - a)[(a < threshold) & (b >= threshold)].sum() / _TOLERATED[2] ** 2
-        false /= max(sum(len(scores) for _, scores, _ in before), 1)
+        risen = (a < threshold) & (b >= threshold)
+        false = np.square(b - a)[risen].sum() / max(np.count_nonzero(risen | (a >= threshold)), 1)
+        boxes, scores = (np.concatenate([cells[k] for cells in before]) for k in (0, 1))
+        stride, other = np.repeat(np.arange(len(before)), [len(c[1]) for c in before]), [cells[1] for cells in after]
+        face, other = _faces_of(boxes, scores), np.concatenate(other)
+        lost = [(stride[i], scores[i] - other[face == i].max()) for i in np.unique(face)]
         for k in np.flatnonzero(weights):
-            box, score, points = (
-                np.square(a - b, dtype=np.float64).reshape(len(a), -1).sum(1) for a, b in zip(before[k], after[k])
-            )
-            values[k] = false + sum(m / t**2 for m, t in zip((points / 5, box, score), _TOLERATED)).mean()
+            box, points = (np.square(before[k][part] - after[k][part], dtype=np.float64) for part in (0, 2))
+            size = np.maximum(np.prod(before[k][0][:, 2:] - before[k][0][:, :2], axis=1, dtype=np.float64), 1) ** 0.5
+            point, corner, score = _OF_SIZE
+            moved = points.reshape(len(size), -1).sum(1) / 5 / point**2 + box.sum(1) / corner**2
+            losses = [loss**2 for s, loss in lost if s == k] or [0.0]
+            values[k] = (moved / size**2).mean() + (false + np.mean(losses)) / score**2
         return values, weights
 
-    return NoiseMeasure(noise, "drift of faces", "px", goal=0.25, floor=16.0)
+    share = 100 * _OF_SIZE[0]
+    return NoiseMeasure(noise, "drift of faces", "%", scale=share, goal=0.5, floor=32.0, sparse=True)
 
 # %% ../../nbs/faces/09_noise.ipynb #cell-22
 _FAMILIES: tuple[Decode, ...] = (scrfd_cells, retinaface_cells, yolov5_cells, yolov8_cells)

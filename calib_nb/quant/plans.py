@@ -354,7 +354,7 @@ def _fitting_images(graph: Graph) -> int:
 def with_fitted_weights(search: PlanSearch, plan: Plan) -> Plan | None:
     """A plan whose weights suit the activations of its INT8 form; None where nothing can be fitted."""
     images = search.calibration[: _fitting_images(plan.graph)]
-    if search.target.weight_bits != 8 or len(images) < _ENOUGH:
+    if search.target.weight_bits != 8 or len(images) < _ENOUGH or search.by.sparse:
         return None
     coded = set(int8_nodes(search.written(plan)))
     fitted = fit_weights(

@@ -87,6 +87,7 @@ class NoiseMeasure:
         errors: How many of its standard errors a gain must exceed.
         counted: From the float outputs for one input to a mask of the values that count, for each output; None for an
             output all of whose values do.
+        sparse: Whether so few values count that a fit to all of them would not serve it.
     """
 
     of_image: Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
@@ -97,6 +98,7 @@ class NoiseMeasure:
     floor: float = 6.0  # a quarter of the signal is noise: half an amplitude
     errors: float = 1.0
     counted: Callable[[Sequence[np.ndarray]], list[np.ndarray | None]] | None = None
+    sparse: bool = False
 
     def parts(self, reference: Outputs, outputs: Outputs) -> NoiseParts:
         """Noise by image; `noise_shares` where no image shows what this measures."""
