@@ -138,7 +138,7 @@ def read_split(path: str | Path) -> Split:
         for values, value in zip(columns.values(), (root, name, reason, _text(detail))):
             values.append(value)
     del entries, first
-    table = pd.DataFrame(columns)
+    table = pd.DataFrame(columns, dtype=str)  # also without entries
     sound = table["reason"] == ""
     return Split(table.loc[sound, ["dataset_root", "filename"]], table[~sound])
 
