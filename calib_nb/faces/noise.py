@@ -120,9 +120,9 @@ def cells_noise(
         risen = (a < threshold) & (b >= threshold)
         false = np.square(b - a)[risen].sum() / max(np.count_nonzero(risen | (a >= threshold)), 1)
         boxes, scores = (np.concatenate([cells[k] for cells in before]) for k in (0, 1))
-        stride, other = np.repeat(np.arange(len(before)), [len(c[1]) for c in before]), [cells[1] for cells in after]
-        face, other = _faces_of(boxes, scores), np.concatenate(other)
-        lost = [(stride[i], scores[i] - other[face == i].max()) for i in np.unique(face)]
+        kept = np.concatenate([cells[1] for cells in after])
+        stride, face = np.repeat(np.arange(len(before)), [len(cells[1]) for cells in before]), _faces_of(boxes, scores)
+        lost = [(stride[i], scores[i] - kept[face == i].max()) for i in np.unique(face)]
         for k in np.flatnonzero(weights):
             box, points = (np.square(before[k][part] - after[k][part], dtype=np.float64) for part in (0, 2))
             size = np.maximum(np.prod(before[k][0][:, 2:] - before[k][0][:, :2], axis=1, dtype=np.float64), 1) ** 0.5

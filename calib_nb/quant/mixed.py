@@ -457,7 +457,7 @@ def scale_outputs(
     for layer in [layer for layer in layers(new) if layer.output in seen]:
         low, high, square = (np.array(part) for part in zip(*seen[layer.output]))
         middle, half = (low.min(0) + high.max(0)) / 2, np.maximum((high.max(0) - low.min(0)) / 2, 1e-6)
-        half = np.maximum(half, half.max() / 1000)  # a channel that hardly moves needs no step of its own
+        half = np.maximum(half, half.max() / 1000)  # a channel that hardly moves needs no finer step
         weight = get_weight(new, layer)
         rows = np.abs(weight).reshape(len(weight), -1).max(1)
         power = float(square.mean()) * weight[0].size
