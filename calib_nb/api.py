@@ -423,6 +423,7 @@ def coverage(
     quotas: Mapping[str, float] | None = None,
     column: str = "quality",
     bits: int = 8,
+    ranges: str = "both",
     **settings,
 ) -> CoverageStrategy:
     """A strategy of `prepare`: the images that cover a model's activations best.
@@ -434,7 +435,8 @@ def coverage(
             "poor": 0.1}; None chooses freely.
         column: Column of the scores that the strata are bins of.
         bits: Of the target's activations, 2 to 16; with fewer, images that stretch the ranges are taken less.
-        **settings: Further fields of `CoverageStrategy`: bins, threads, options (in the place of `bits`).
+        ranges: What the compiler makes ranges with, minmax or ema; both where it is not known.
+        **settings: Further fields of `CoverageStrategy`: bins, threads, options (in the place of `bits` and `ranges`).
 
     Returns:
         The strategy; each candidate is run once, and a killed run goes on.
@@ -455,7 +457,7 @@ def coverage(
             raise InputError(
                 f"what {Path(model).name} wants cannot be told from it", expected="a config", fix=fix
             ) from e
-    settings = {"options": CoverOptions(bits=bits), **settings}
+    settings = {"options": CoverOptions(bits=bits, ranges=ranges), **settings}
     return CoverageStrategy(model, preprocess, quotas=quotas, column=column, **settings)
 
 # %% ../nbs/01_front_door.ipynb #cell-35

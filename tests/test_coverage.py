@@ -148,6 +148,31 @@ def test_one_broken_image_is_never_among_the_first(stats):
     assert np.allclose(np.delete(range_reach(spoiled), row, 0), clean, rtol=0.05, atol=0.05)
 
 
+def test_what_one_image_in_a_hundred_holds_counts_in_full():
+    def partly(i):
+        values = dict(zip("abcdefghijkl", np.random.default_rng(i).normal(size=(12, 40))))
+        return f"p{i:04}", values | ({"f": 20 * values["f"]} if i % 100 == 7 else {})
+
+    large = collect(partly(i) for i in range(1200))
+    rows = np.random.default_rng(0).choice(1200, 9, replace=False)
+    table = minmax(large, [large.images[row] for row in rows]).to_numpy()
+    told = RangeNoise(large).shares(rows[:-1])[rows[-1], 0]
+    assert told == pytest.approx(range_noise(large, table, np.arange(1200)), rel=0.1)
+    first = choose_cover(large, 4)
+    assert any(int(name[1:]) % 100 == 7 for name in first)
+    lonely = collect([*(partly(i) for i in range(99)), ("alone", {**partly(7)[1], "f": 1e3 * partly(7)[1]["f"]})])
+    assert "alone" not in choose_cover(lonely, 20)
+
+
+@pytest.mark.parametrize("kind, method", [("minmax", minmax), ("ema", ema)])
+def test_known_ranges_make_less_noise(stats, kind, method):
+    noise = {}
+    for ranges in ("minmax", "ema"):
+        names = choose_cover(stats, 8, options=CoverOptions(ranges=ranges, reach=0, likeness=0))
+        noise[ranges] = range_noise(stats, method(stats, names).to_numpy(), np.arange(120))
+    assert noise[kind] <= min(noise.values())
+
+
 def test_constants_and_a_single_image():
     flat = collect((f"p{i}", {"zero": np.zeros(8), "one": np.ones(8)}) for i in range(5))
     assert range_reach(flat).shape == (5, 0) and choose_cover(flat, 3) == ["p0", "p1", "p2"]
@@ -159,6 +184,11 @@ def test_constants_and_a_single_image():
 def test_options_are_checked(more):
     with pytest.raises(InputError, match="weight"):
         CoverOptions(**more)
+
+
+def test_kinds_of_ranges_are_checked():
+    with pytest.raises(InputError, match="'minmaxx'"):
+        CoverOptions(ranges="minmaxx")
 
 
 def test_clipped_share_is_exact_at_the_quantiles():
@@ -236,6 +266,7 @@ def test_the_front_door_takes_bits_or_all_options(folder):
     network("s = Div (x, m); y = Relu (s)", inputs={"x": (1, 3, 8, 8)}, m=[0.226]).save(folder / "told.onnx")
     assert coverage(folder / "told.onnx").options == CoverOptions()
     assert coverage(folder / "told.onnx", bits=4).settings["bits"] == 4
+    assert coverage(folder / "told.onnx", ranges="minmax").settings["ranges"] == "minmax"
     assert coverage(folder / "told.onnx", options=CoverOptions(bits=6, reach=1)).settings["reach"] == 1
     with pytest.raises(InputError, match="1 bits"):
         coverage(folder / "told.onnx", bits=1)
@@ -247,6 +278,7 @@ def test_the_front_door_takes_bits_or_all_options(folder):
         ("--strategy coverage", "without a model"),
         ("--strategy random --quotas good=1", "with strategy random"),
         ("--strategy quality_mix --bits 4", "with strategy quality_mix"),
+        ("--strategy random --ranges ema", "with strategy random"),
         ("--strategy covrage", "coverage"),
         ("--strategy coverage --model net.onnx --quotas good", "shares"),
     ],

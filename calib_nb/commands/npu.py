@@ -48,10 +48,9 @@ def prepare(
     config: Annotated[
         Path | None, typer.Option(help="For coverage: its config (default: the model is asked what it wants).")
     ] = None,
-    quotas: Annotated[
-        str | None, typer.Option(help="For coverage: share by quality, as good=0.7,middling=0.2,poor=0.1.")
-    ] = None,
+    quotas: Annotated[str | None, typer.Option(help="For coverage: shares, as good=.7,middling=.2,poor=.1.")] = None,
     bits: Annotated[int, typer.Option(min=2, max=16, help="For coverage: of activations; few avoid wide ranges.")] = 8,
+    ranges: Annotated[str, typer.Option(help="For coverage: the compiler's ranges, if known: minmax, ema.")] = "both",
     link: Annotated[
         str,
         typer.Option(
@@ -85,7 +84,7 @@ def prepare(
         source_dir,
         output_dir,
         num_samples=num_samples,
-        strategy=_strategy(strategy, model, config, quotas, bits),
+        strategy=_strategy(strategy, model, config, quotas, bits=bits, ranges=ranges),
         seed=seed,
         overwrite=overwrite,
         **options,
@@ -101,7 +100,7 @@ def prepare(
     )
 
 
-def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None, bits: int):
+def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | None, **options):
     """The name of a strategy, or the one that runs a model."""
     from calib_nb.data.dataset import STRATEGIES
 
@@ -110,9 +109,9 @@ def _strategy(name: str, model: Path | None, config: Path | None, quotas: str | 
             raise InputError("--strategy coverage without a model", expected="--model M.onnx")
         from calib_nb.api import coverage
 
-        return coverage(model, config, quotas=_shares(quotas), bits=bits)
-    if model or config or quotas or bits != 8:
-        raise InputError(f"--model, --config, --quotas or --bits with strategy {name}", fix="take --strategy coverage")
+        return coverage(model, config, quotas=_shares(quotas), **options)
+    if model or config or quotas or options != {"bits": 8, "ranges": "both"}:
+        raise InputError(f"an option of coverage with strategy {name}", fix="take --strategy coverage")
     return require_known(name, STRATEGIES, "strategy")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError
+from ..core.errors import InputError, require_known
 from ..core.parallel import bar_switch
 from .kernels import kernel
 from .stability import SHARES, clipped_energy
@@ -28,7 +28,8 @@ def range_reach(
     Args:
         stats: What was observed.
         images: Rows of the images that make the pool; None for all.
-        fence: Ends beyond so many times the 95 % quantile of the pool's ends are broken, at least 1.
+        fence: Ends beyond so many times the 95 % quantile of the pool's ends are far, at least 1; broken are those
+            of an image with a tenth of them, and those beyond as many times what all but five images stay within.
         like: Both ends of the robust range are what so many random images reach in half of the cases.
 
     Returns:
@@ -51,7 +52,9 @@ def _ends(stats: ActivationStats, images: Sequence[int] | None, fence: float) ->
     values = stats.values[slice(None) if images is None else np.asarray(images)].astype(np.float64)
     middle = np.median(values[:, :, 4 + QUANTILES.index(0.5)], axis=0)
     ends = np.concatenate([middle - values[:, :, 0], values[:, :, 1] - middle], axis=1)
-    return ends, ends <= fence * np.quantile(ends, 0.95, axis=0)
+    far = ends > fence * np.quantile(ends, 0.95, axis=0)
+    alone = ends > fence * np.quantile(ends, max(0.95, 1 - 5 / len(ends)), axis=0)
+    return ends, ~(far & (alone | (far.mean(1, keepdims=True) > 0.1)))
 
 # %% ../../nbs/quant/25_coverage.ipynb #cell-10
 def pooled_features(stats: ActivationStats, images: Sequence[int] | None = None) -> np.ndarray:
@@ -191,6 +194,7 @@ def _noise_after(ends, table, start, scale, rounding, extremes, sums, count, out
 
 
 _GRID = 64  # bounds
+_COUNTED = {"both": np.array([1.0, 1.0]), "minmax": np.array([2.0, 0.0]), "ema": np.array([0.0, 2.0])}
 
 
 class RangeNoise:
@@ -200,8 +204,8 @@ class RangeNoise:
         stats: What was observed.
         images: Rows of the images that make the pool; None for all.
         bits: Of the integers.
-        fence: Ends beyond so many times the 95 % quantile of the pool's ends are broken, see `range_reach`.
-        clients: Most images whose noise counts; a larger pool is thinned to so many.
+        fence: See `range_reach`.
+        ranges: What the ranges are made with: minmax, ema (the mean of the images' extremes), or both.
     """
 
     def __init__(
@@ -211,12 +215,13 @@ class RangeNoise:
         *,
         bits: int = 8,
         fence: float = 3.0,
-        clients: int = 500,
+        ranges: str = "both",
     ):
+        self._counted = _COUNTED[require_known(ranges, _COUNTED, "kind of ranges")]
         values = stats.values[slice(None) if images is None else np.asarray(images)].astype(np.float64)
         usual = _ends(stats, images, fence)[1]
         whole = np.flatnonzero(usual.mean(1) >= 0.9)
-        some = values[whole[:: -(-len(whole) // clients)]] if len(whole) else values
+        some = values[whole] if len(whole) else values  # all: what few images hold is in few, and costs most
         power = (some[:, :, 3] ** 2 + (some[:, :, 2] - some[:, :, 2].mean(0)) ** 2).mean(0)
         used = power > 0
         self._rounding = 1 / (12 * (2**bits - 1) ** 2 * power[used])
@@ -243,8 +248,8 @@ class RangeNoise:
         return out
 
     def after(self, taken: Sequence[int]) -> np.ndarray:
-        """Cost of each row beside those taken, in bits: sum of both binary logarithms, float64 [rows]."""
-        return np.log2(self.shares(taken) + 1e-12).sum(1)
+        """Cost of each row beside those taken, in bits: binary logarithms that count, float64 [rows]."""
+        return np.log2(self.shares(taken) + 1e-12) @ self._counted
 
 # %% ../../nbs/quant/25_coverage.ipynb #cell-23
 @dataclass(frozen=True)
@@ -253,7 +258,8 @@ class CoverOptions:
 
     Args:
         bits: Of the target's activations; fewer make wide ranges dearer.
-        noise: Whether noise counts; a halving of it is worth 1.
+        noise: Whether noise counts; a halving of it is worth 1 in each kind of ranges.
+        ranges: What the ranges are made with, minmax or ema; both where it is not known.
         reach: Weight of `range_reach` at 8 bits; half of it with each bit less, as the steps are twice as wide.
         likeness: Weight of `likeness`.
         fence: See `range_reach`.
@@ -262,12 +268,14 @@ class CoverOptions:
 
     bits: int = 8
     noise: bool = True
+    ranges: str = "both"
     reach: float = 10.0
     likeness: float = 0.5
     fence: float = 3.0
     clients: int = 2000
 
     def __post_init__(self):
+        require_known(self.ranges, _COUNTED, "kind of ranges")
         if not (min(self.reach, self.likeness) >= 0 and self.clients >= 1 and 2 <= self.bits <= 16):
             problem = f"weights {self.reach} and {self.likeness}, {self.clients} clients, {self.bits} bits"
             raise InputError(problem, expected="weights >= 0, at least one client, 2 to 16 bits")
@@ -312,7 +320,8 @@ def choose_cover(
     whole = _ends(stats, rows, options.fence)[1].mean(1) >= 0.9
     alike = (options.likeness, likeness(features, features[::step]) * whole[:, None])
     labels = None if strata is None else np.array([strata[name] for name in names], dtype=object)
-    noise = RangeNoise(stats, rows, bits=options.bits, fence=options.fence) if options.noise else None
+    of = {"bits": options.bits, "fence": options.fence, "ranges": options.ranges}
+    noise = RangeNoise(stats, rows, **of) if options.noise else None
     taken, weight, like = [], options.reach * 2.0 ** (options.bits - 8), 128
     while True:
         covers = [(weight, range_reach(stats, rows, fence=options.fence, like=like)), alike]
