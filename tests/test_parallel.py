@@ -198,6 +198,23 @@ def test_a_journal_of_many_results_leaves_them_in_its_file(tmp_path):
     book.close()
 
 
+def test_what_a_journal_knows_needs_no_batch_of_its_own(tmp_path, monkeypatch):
+    book = Journal(tmp_path / "j")
+    book.add((str(x), -x) for x in range(2000) if x % 500)
+    book.close()
+    batches, whole = [], parallel._Batch
+
+    def noted(engine, function, items, keys, known):
+        batches.append((len(items), sum(value is parallel._NEW for value in known)))
+        return whole(engine, function, items, keys, known)
+
+    monkeypatch.setattr(parallel, "_Batch", noted)
+    monkeypatch.setattr(parallel, "next_batch_size", lambda *_: 1)  # as with items that take a second
+    monkeypatch.setattr(parallel, "BATCH_SECONDS", 60)
+    assert list(quiet(lambda x: -x, range(2000), workers=2, journal=tmp_path / "j")) == [-x for x in range(2000)]
+    assert len(batches) <= 2000 / parallel.LARGEST_BATCH + 5 and max(new for _, new in batches) == 1
+
+
 def test_of_two_keys_with_one_hash_none_gets_the_value_of_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "hash", lambda key: len(key), raising=False)
     options = {"journal": tmp_path / "j", "key": str}

@@ -111,6 +111,7 @@ class Worker:
             else:
                 self.binding.bind_output(name, "cpu", 0, np.float32, view.shape, view.ctypes.data)
         self.offsets, self.sizes = (np.array([of[name] for name in tensors]) for of in (start, sizes))
+        self.outputs = len(self.views) > 1  # else there is nothing to run
 
     def run(self, x: np.ndarray, collector: Collector, row: int, label: str) -> int:
         """Run on input `x` and measure it into a collector, see `Collector.measure`.
@@ -126,7 +127,7 @@ class Worker:
         """
         self.views[self.input][...] = x
         try:
-            if self.views.keys() - {self.input}:
+            if self.outputs:
                 self.session.run_with_iobinding(self.binding)
         except Exception as e:  # ONNX Runtime's own exceptions share no other base
             problem = f"the model does not run on every image: {str(e).splitlines()[0][:200]}"
