@@ -33,6 +33,7 @@ from calib_nb.quant.ranges import (
 )
 from calib_nb.quant.stability import (
     activation_coverage,
+    advise_by_metric,
     advise_images,
     recommended_images,
     resampled_ranges,
@@ -298,6 +299,28 @@ def test_the_number_of_images_that_is_enough():
     assert advise_images(few).images is None
     with pytest.raises(InputError, match="3 images, 20 draws"):
         advise_images(pool([np.ones(3)] * 3))
+
+
+def test_a_metric_that_scatters_gets_no_number_but_its_interval():
+    """The number is read from the interval of one further draw; draws of two values have it by hand."""
+    names = [f"p{k}" for k in range(100)]
+    seen = []
+
+    def score(chosen):
+        seen.append(len(chosen))
+        return 90 + (0.2 if len(chosen) < 100 and seen.count(len(chosen)) % 2 else 0)
+
+    advice = advise_by_metric(score, names, draws=4)
+    row = advice.table.iloc[0]
+    scatter = np.std([0.2, 0, 0.2, 0], ddof=1)
+    half = 3.182446 * scatter * np.sqrt(1.25)  # Student's 97.5 % at three degrees of freedom
+    assert seen == [100, 50, 50, 50, 50] and advice.images is None and advice.every == 90
+    assert (row.low, row.high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    assert f"scatter by {scatter:.2g}, more than that" in str(advice) and "no number up to 50" in str(advice)
+    steady = advise_by_metric(lambda chosen: 90 + (len(chosen) < 20), names, draws=3)
+    assert steady.images == 20 and list(steady.table.images) == [50, 20, 10]
+    with pytest.raises(InputError, match="100 images, 2 draws"):
+        advise_by_metric(score, names, draws=2)
 
 
 # --- a real model

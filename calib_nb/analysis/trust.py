@@ -299,5 +299,6 @@ def show_trust(trust: Trust, folder: str | Path, *, most: int = 8) -> None:
         caption += (
             "noise the ranges of so many images make in other images; from the dashed line on, more images change "
         )
-        caption += "little in 95 % of draws (grey: what single draws need), and the dotted line is this set."
+        caption += "little in 95 % of draws (grey: what single draws need), and the dotted line is this set. A metric "
+        caption += "can still move from draw to draw: calib-nb advise --labels says from which number on it does not."
         show_figure(plot_trust(trust)[0].figure, "trust", alt, folder=folder, caption=caption)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import words_of
+from .options import LabelsOption, TaskOption, words_of
 from ..core.errors import InputError
 
 # %% ../../nbs/commands/12_audit.ipynb #cell-6
@@ -80,7 +80,8 @@ def audit(
 # %% ../../nbs/commands/12_audit.ipynb #advise-command
 @app.command(
     epilog="Examples: calib-nb advise --model yunet.onnx --config yunet.json --images photos | "
-    "calib-nb advise --stats yunet_stats.npz --method minmax"
+    "calib-nb advise --stats yunet_stats.npz --method minmax | "
+    "calib-nb advise --model M.onnx --config C.json --images photos --labels pairs.txt --task face-pairs"
 )
 def advise(
     model: Annotated[Path | None, typer.Option(help="Float ONNX file, with --config.")] = None,
@@ -96,6 +97,10 @@ def advise(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Noise that fewer images may add, dB.")] = 0.5,
+    labels: LabelsOption = None,
+    task: TaskOption = None,
+    within: Annotated[float, typer.Option(min=0, help="With --labels: how far the metric may move.")] = 0.001,
+    draws: Annotated[int, typer.Option(min=3, help="With --labels: sets of each size to quantize with.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Figure of the first method to write, .png or .svg.")] = None,
 ):
@@ -106,12 +111,41 @@ def advise(
 
     if (stats is None) == (model is None or config is None):
         raise InputError("advise on what?", expected="--model and --config, or --stats")
+    if (labels is None) != (task is None) or (labels is not None and model is None):
+        raise InputError("advise by which metric?", expected="--labels and --task, with --model and --config")
     observed = read_stats(stats) if stats is not None else _observed(model, config, images, num_samples, seed)
     advice = [advise_images(observed, name, tolerance_db=tolerance, seed=seed) for name in method or ("minmax", "ema")]
     typer.echo(f"calibration_num for random images, and what single draws need, of {advice[0].pool:,} to draw from")
     typer.echo("\n".join(map(str, advice)))
+    for name in (method or ("minmax", "ema")) if labels is not None else ():
+        typer.echo(_by_metric(model, config, observed, name, labels, task, tolerance=within, draws=draws, seed=seed))
     if output:
         typer.echo(f"figure: {save_figure(plot_advice(advice[0]), output)}")
+
+
+def _by_metric(model: Path, config: Path, observed, method: str, labels: Path, task: str, **settings):
+    """How many images keep the metric of labelled data."""
+    from calib_nb.analysis.label_judge import MetricJudge, refuse_calibrated
+    from calib_nb.analysis.tasks import task_kind
+    from calib_nb.npu.config import load_config
+    from calib_nb.quant.quantize import device_graph, range_table
+    from calib_nb.quant.ranges import RANGE_METHODS
+    from calib_nb.quant.stability import advise_by_metric
+    from calib_nb.quant.target import PROFILES
+    from calib_nb.quant.write import write_qdq
+
+    scored, graph = (
+        task_kind(task).make(labels, load_config(config).preprocess),
+        device_graph(model, PROFILES["ort-cpu"]),
+    )
+    refuse_calibrated(scored, [Path(name) for name in observed.images], labels)
+    judge = MetricJudge(model, scored)
+
+    def score(names: list[str]) -> float:
+        ranges = range_table(graph, RANGE_METHODS[method](observed, names))
+        return judge.value(judge.score([write_qdq(graph, ranges, PROFILES["ort-cpu"])]))
+
+    return advise_by_metric(score, observed.images, metric=f"{method}, {judge.metric}", **settings, progress=True)
 
 
 def _observed(model: Path, config: Path, images: Path | None, most: int, seed: int):

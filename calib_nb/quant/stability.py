@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SAMPLE_SIZES', 'HISTOGRAM_METHODS', 'SHARES', 'draw', 'resampled_ranges', 'drift', 'stability_table',
            'recommended_images', 'plot_stability', 'clipped_energy', 'range_noise', 'Advice', 'advise_images',
-           'plot_advice', 'tensor_stability', 'activation_coverage']
+           'plot_advice', 'MetricAdvice', 'advise_by_metric', 'tensor_stability', 'activation_coverage']
 
 # %% ../../nbs/quant/19_stability.ipynb #cell-2
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -339,6 +339,86 @@ def plot_advice(advice: Advice, ax=None):
     ax.minorticks_off()
     ax.legend(fontsize="small")
     return ax
+
+# %% ../../nbs/quant/19_stability.ipynb #by-metric-66
+@dataclass(frozen=True)
+class MetricAdvice:
+    """How many random images keep a metric near what all images give.
+
+    Args:
+        metric: Its name.
+        images: Least number from which on a single draw lies within the tolerance; None where no number does.
+        tolerance: Largest difference, in the metric's unit.
+        every: The metric with all images.
+        pool: How many these are.
+        table: A row per number that was tried, largest first: images, difference (mean over the draws), scatter
+            (standard deviation), low and high (95 % prediction interval of a single draw).
+    """
+
+    metric: str
+    images: int | None
+    tolerance: float
+    every: float
+    pool: int
+    table: pd.DataFrame
+
+    def __str__(self) -> str:
+        row = self.table.iloc[0 if self.images is None else list(self.table.images).index(self.images)]
+        number, where = int(row.images), f"{row.low:+.2g} to {row.high:+.2g} from all {self.pool:,}"
+        if self.images is not None:
+            return f"{self.metric}: {number:,} (a random draw lies {where}; asked for {self.tolerance:g})"
+        wide = ", more than that" if row.scatter > self.tolerance else ""
+        draws = f"random draws of {number:,} scatter by {row.scatter:.2g}{wide}, and one lies {where}"
+        more = "collect more images, or choose them by coverage and measure that set"
+        return f"{self.metric}: no number up to {number:,} keeps it within {self.tolerance:g}: {draws}; {more}"
+
+
+def advise_by_metric(
+    score: Callable[[list[str]], float],
+    images: Sequence[str],
+    *,
+    metric: str = "metric",
+    tolerance: float = 0.1,
+    draws: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> MetricAdvice:
+    """How many random images are enough for a metric of the quantized model.
+
+    Args:
+        score: From names of calibration images to the metric of the model with their ranges; called for each draw.
+        images: The images to draw from, which must not be those that are scored.
+        metric: Its name.
+        tolerance: Largest difference from all images, in the metric's unit.
+        draws: Draws of each size, at least 3.
+        seed: Of the draws.
+        progress: Whether to show a bar.
+
+    Returns:
+        The advice.
+
+    Raises:
+        InputError: There are fewer than four images, or three draws.
+    """
+    from scipy.stats import t
+
+    images = list(images)
+    if len(images) < 4 or draws < 3:
+        expected = "at least 4 images and 3 draws"
+        raise InputError(f"{counted(len(images), 'image')}, {draws} draws", expected=expected)
+    rng, every, rows, number = np.random.default_rng(seed), score(images), [], None
+    sizes = sorted({s for s in SAMPLE_SIZES if s < len(images) // 2} | {len(images) // 2}, reverse=True)
+    for size in sizes:
+        sets = [[images[k] for k in rng.permutation(len(images))[:size]] for _ in range(draws)]
+        moved = np.array([score(names) for names in tqdm(sets, desc=f"{size} images", **bar_switch(progress))]) - every
+        scatter, middle = moved.std(ddof=1), moved.mean()
+        half = t.ppf(0.975, draws - 1) * scatter * np.sqrt(1 + 1 / draws)
+        rows.append((size, middle, scatter, middle - half, middle + half))
+        if not abs(middle) + half <= tolerance:
+            break
+        number = size
+    table = pd.DataFrame(rows, columns=["images", "difference", "scatter", "low", "high"])
+    return MetricAdvice(metric, number, tolerance, float(every), len(images), table)
 
 # %% ../../nbs/quant/19_stability.ipynb #cell-21
 def tensor_stability(
