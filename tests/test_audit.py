@@ -183,6 +183,22 @@ def test_detail_is_judged_at_the_size_of_the_models_input():
         assert ("upscaled" in picture_faults(smooth, size)) == flagged
 
 
+@pytest.mark.parametrize(("soft", "named"), [(3, 3), (24, 0)])
+def test_a_soft_set_is_said_once_and_not_of_each_file(tmp_path, soft, named):
+    """Of a sharp set the soft images are named; a set that is mostly soft is said in one sentence."""
+    for k in range(30):
+        grain = np.random.default_rng(k).integers(0, 256, (100, 100), np.uint8)
+        blur = cv2.GaussianBlur(scaled(grain, 3), (0, 0), 2 + k / 30)
+        cv2.imwrite(str(tmp_path / f"{k:02}.png"), np.dstack([blur if k < soft else grain] * 3))
+    result = audit_folder(tmp_path, progress=False)
+    assert (result.faults.fault == "upscaled").sum() == named and len(result.notes) == (named == 0)
+    assert len(result.files.fineness) == 30 and result.files.fineness[:soft].max() < -2.45
+    if not named:
+        assert "24 of 30 images" in str(result) and "24 of 30 images" in audit_page(result)
+    sized = audit_folder(tmp_path, input_size=(290, 290), progress=False)
+    assert (sized.faults.fault == "upscaled").sum() == soft and not sized.notes
+
+
 def test_people_leak_by_their_folder_only_when_faces_are_audited(tmp_path):
     for name, i in (("a/ann/1", 0), ("a/bob/2", 1), ("b/ann/3", 2)):
         Path(tmp_path, name).parent.mkdir(parents=True, exist_ok=True)

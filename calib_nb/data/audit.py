@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_FINENESS', 'FAULT_WORDS', 'FAULTS', 'MOST_SHOWN', 'content_kind', 'fineness', 'picture_faults', 'look_at_file',
-           'Audit', 'shared_people', 'audit_folder', 'pair_sheet', 'audit_page']
+           'Audit', 'soft_set', 'shared_people', 'audit_folder', 'pair_sheet', 'audit_page']
 
 # %% ../../nbs/data/12_audit.ipynb #cell-2
 import hashlib
@@ -107,11 +107,16 @@ def picture_faults(bgr: np.ndarray, input_size: tuple[int, int] | None = None) -
     Returns:
         Text by fault: blank, gray, screenshot, upscaled, size.
     """
+    return _look_at_pixels(bgr, input_size)[0]
+
+
+def _look_at_pixels(bgr: np.ndarray, input_size: tuple[int, int] | None) -> tuple[dict[str, str], float]:
+    """Text by fault, and the fineness; NaN of a blank image."""
     height, width = bgr.shape[:2]
     gray, faults = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), {}
     spread = cv2.meanStdDev(gray)[1][0, 0]
     if spread < _BLANK:
-        return {"blank": f"gray levels vary by {spread:.1f} of 255"}
+        return {"blank": f"gray levels vary by {spread:.1f} of 255"}, np.nan
     channels = cv2.split(cv2.resize(bgr, (min(width, 64), min(height, 64)), interpolation=cv2.INTER_NEAREST))
     if (reduce(cv2.max, channels) - reduce(cv2.min, channels)).max() <= _GRAY:
         faults["gray"] = "no colour"
@@ -124,7 +129,7 @@ def picture_faults(bgr: np.ndarray, input_size: tuple[int, int] | None = None) -
         faults["upscaled"] = f"no fine detail{at} ({fine:.1f}): enlarged, or out of focus"
     if input_size and (text := _size_fault(width, height, *input_size)):
         faults["size"] = text
-    return faults
+    return faults, fine
 
 
 def _at_input(gray: np.ndarray, input_size: tuple[int, int] | None) -> np.ndarray:
@@ -151,9 +156,9 @@ def look_at_file(root: str | Path, input_size: tuple[int, int] | None, path: str
         path: File, relative to it.
 
     Returns:
-        path, digest, width, height (0 where it cannot be decoded), faults (text by fault) and views.
+        path, digest, width, height (0 where it cannot be decoded), fineness, faults (text by fault) and views.
     """
-    facts = {"path": path, "digest": "", "width": 0, "height": 0, "faults": {}, "views": b""}
+    facts = {"path": path, "digest": "", "width": 0, "height": 0, "fineness": np.nan, "faults": {}, "views": b""}
     try:
         data = read_image_bytes(Path(root, path))
         facts["digest"] = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -161,7 +166,8 @@ def look_at_file(root: str | Path, input_size: tuple[int, int] | None, path: str
         if kind and ending not in _ENDINGS.get(kind, ()):
             facts["faults"]["mislabelled"] = f"{ending} holds {kind}"
         bgr = decode_bytes(data, path)
-        facts["faults"] |= _header_faults(path, data) | picture_faults(bgr, input_size)
+        faults, facts["fineness"] = _look_at_pixels(bgr, input_size)
+        facts["faults"] |= _header_faults(path, data) | faults
         return facts | {"width": bgr.shape[1], "height": bgr.shape[0], "views": image_views(bgr).tobytes()}
     except ImageError as e:
         facts["faults"]["corrupt"] = e.reason
@@ -203,7 +209,7 @@ class Audit:
     Args:
         images: The folder.
         against: The validation folder, or None.
-        files: One row per image: path, width, height.
+        files: One row per image: path, width, height, fineness.
         faults: One row per fault: path, fault (of `FAULTS`), detail.
         copies: One row per pair in the folder: left, right, kind, agreement (1 for the same bytes).
         leaks: One row per pair across the folders: calibration, validation, kind, agreement. The kinds are "same file",
@@ -243,6 +249,24 @@ class Audit:
 def _kinds(pairs: pd.DataFrame) -> str:
     return f" ({name_counts(pairs.kind.value_counts().to_dict())})" if len(pairs) else ""
 
+# %% ../../nbs/data/12_audit.ipynb #soft
+def soft_set(files: pd.DataFrame, faults: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Judge fine detail by what is usual in the set, where no model's input says what is needed.
+
+    Args:
+        files: One row per image: path, fineness.
+        faults: One row per fault: path, fault, detail.
+
+    Returns:
+        The faults without "upscaled" images that do not stand out, and a sentence on these, or none; a set of fewer
+        than 20 images keeps its faults.
+    """
+    away = files.fineness - files.fineness.median()
+    usual = files.path[away >= -3 * 1.4826 * away.abs().median()] if len(files) >= 20 else []
+    left_out = (faults.fault == "upscaled") & faults.path.isin(usual)
+    note = f"{left_out.sum():,} of {len(files):,} images lack fine detail, as is usual in this set: name a model"
+    return faults[~left_out].reset_index(drop=True), [note] if left_out.any() else []
+
 # %% ../../nbs/data/12_audit.ipynb #cell-21
 @dataclass(frozen=True, eq=False)
 class _Folder:
@@ -270,7 +294,7 @@ def _read_folder(root: Path, size, store: Path, workers: int | None, progress: b
 
     with open(store, "wb") as f:
         results = parallel_map(look, paths, workers=workers, progress=progress, desc=f"read {root.name}")
-        facts = table_of(rows(), ["path", "digest", "width", "height"])
+        facts = table_of(rows(), ["path", "digest", "width", "height", "fineness"])
     shape = (len(numbers), VIEW_SIDE, VIEW_SIDE)
     views = np.memmap(store, np.uint8, "r", shape=shape) if numbers else np.empty(shape, np.uint8)
     return _Folder(
@@ -357,7 +381,8 @@ def audit_folder(
     images, options = Path(images), {"workers": workers, "progress": progress}
     with private_folder("audit-") as scratch:
         ours = _read_folder(images, input_size, scratch / "ours", workers, progress)
-        leaks, notes = pd.DataFrame(columns=["left", "right", "kind", "agreement"]), []
+        leaks = pd.DataFrame(columns=["left", "right", "kind", "agreement"])
+        faults, notes = (ours.faults, []) if input_size else soft_set(ours.facts, ours.faults)
         if against is not None:
             theirs = _read_folder(Path(against), None, scratch / "theirs", workers, progress)
             leaks = _pairs(ours, theirs, **options)
@@ -371,8 +396,8 @@ def audit_folder(
     return Audit(
         images,
         None if against is None else Path(against),
-        ours.facts[["path", "width", "height"]],
-        ours.faults,
+        ours.facts[["path", "width", "height", "fineness"]],
+        faults,
         copies,
         leaks.rename(columns={"left": "calibration", "right": "validation"}).reset_index(drop=True),
         passed_over(images, EXTENSIONS),
