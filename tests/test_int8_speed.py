@@ -38,7 +38,7 @@ def test_narrow_layers_of_a_large_image_stay_in_float_and_wide_ones_go_to_int8()
 @pytest.mark.parametrize(
     ("layers", "size", "target"),
     [
-        ((*NARROW, *WIDE), 64, CPU),  # less than a millisecond
+        ((*NARROW, *WIDE), 48, CPU),  # less than a tenth of a millisecond
         ((conv(64, 7, stride=2), "Relu", POOL, *(conv(64), "Relu") * 4), 224, CPU),
         ((*NARROW, *WIDE), 320, profile("per-tensor-npu")),
         ((*NARROW, *WIDE), 320, profile("xnnpack")),
@@ -51,6 +51,22 @@ def test_nothing_else_stays_in_float(layers, size, target):
     assert faster_in_float(built(*layers, size=size), target) == set()
 
 
+@pytest.mark.parametrize(("channels", "slow"), [(16, 0), (32, 0), (64, 0), (20, 3), (28, 3), (60, 3)])
+def test_depthwise_channels_beyond_blocks_of_a_vector_stay_in_float(channels, slow):
+    layers = (conv(channels, 1), depthwise(), depthwise(), conv(128, 1), conv(128, 1))
+    graph = simplify(sequential(*layers, shape=(1, 64, 56, 56)))
+    assert len(faster_in_float(graph, CPU)) == slow
+
+
+def test_an_average_pool_stays_in_float_between_layers_in_int8():
+    pools = [
+        op(kind, "kernel_shape = [3, 3], strides = [1, 1], pads = [1, 1, 1, 1]") for kind in ("AveragePool", "MaxPool")
+    ]
+    graphs = [simplify(sequential(conv(64), pool, conv(64), shape=(1, 64, 56, 56))) for pool in pools]
+    slow = [[n.op_type for n in g.nodes if n.name in faster_in_float(g, CPU)] for g in graphs]
+    assert slow == [["AveragePool"], []]
+
+
 def test_only_the_profile_for_cpus_keeps_nodes_in_float_for_their_time():
     assert [name for name, target in PROFILES.items() if target.float_where_faster] == ["ort-cpu"]
 
@@ -61,4 +77,4 @@ def test_real_networks(real_data):
         graph = device_graph(real_data / "models" / f"{name}.onnx", CPU)
         table, slow = macs(graph), faster_in_float(graph, CPU)
         shares[name] = 1 - table.macs[table.node.isin(slow)].sum() / table.macs.sum()
-    assert np.allclose(list(shares.values()), [0.71, 1], atol=0.005)
+    assert np.allclose(list(shares.values()), [0.71, 0.85], atol=0.005)

@@ -163,15 +163,22 @@ def int8_operators(graph: Graph, profile: Profile) -> tuple[str, ...] | None:
     return tuple(op for op in operators if op not in profile.float_operators)
 
 # %% ../../nbs/quant/11_units.ipynb #cell-24
-_TIMES = {"Resize": (450, 2500), "MaxPool": (1500, 1200)}  # picoseconds for a value written, in float and in INT8
-_CROSSING = 1000  # for a value that a Q or DQ passes on
+# Picoseconds for a value written, in float and in INT8
+_TIMES = {"Resize": (450, 2500), "MaxPool": (1500, 1200), "AveragePool": (900, 12_000)}
+_CROSSING, _CALL = 1000, 10**7  # for a value that a Q or DQ passes on, and for its call and that of a Transpose
 _POOLED = 30_000  # for one that a uint8 MaxPool behind float writes
-_GAIN, _SHARE = 10**9, 0.2  # least gain: picoseconds, and share of the time; the sum of parts is no better than that
+_GAIN, _SHARE = 10**8, 0.2  # least gain: picoseconds, and share of the time; the sum of parts is no better than that
 _NEVER = 10**15
 
 
 def _size(graph: Graph, tensor: str) -> int:
     return int(np.prod(graph.shape(tensor) or (0,), dtype=np.int64))
+
+
+def _tap(groups: int) -> int:
+    """Picoseconds that integers take for a position of the kernel at one of the image; groups: of a depthwise layer."""
+    beyond = groups % 16 if groups > 1 else 0  # channels that fill no vector of 16: half of one, and one by one
+    return 3_500 + 3_500 * (beyond >= 8) + 1_900 * (beyond % 8)
 
 
 def _times(graph: Graph, node, macs: int, operators: Collection[str]) -> tuple[int, int]:
@@ -182,7 +189,8 @@ def _times(graph: Graph, node, macs: int, operators: Collection[str]) -> tuple[i
         if node.op_type == "Conv" and np.prod(kernel[2:]) > 1:
             narrow = kernel[1] < 4 and attribute(node, "group", 1) == 1
             positions = int(np.prod(graph.shape(node.output[0])[2:], dtype=np.int64))
-            window = positions * (95_000 if narrow else 3_500 * int(np.prod(kernel[2:])))
+            taps, groups = int(np.prod(kernel[2:])), attribute(node, "group", 1)
+            window = positions * (95_000 if narrow else taps * _tap(groups if kernel[1] == 1 else 1))
         return 16 * macs + 500 * out, 5 * macs + 300 * out + window
     if node.op_type in _TIMES:
         return tuple(time * out for time in _TIMES[node.op_type])
@@ -238,8 +246,8 @@ def faster_in_float(graph: Graph, profile: Profile) -> set[str]:
             elif maker is not None and maker.op_type == "MaxPool":
                 pooled = _POOLED * _size(graph, name)
             if before != at:
-                edges.append((at, before, _CROSSING * _size(graph, name) + pooled))
-                edges.append((before, at, _CROSSING * _size(graph, name)))
+                crossing = _CALL + _CROSSING * _size(graph, name)
+                edges += [(at, before, crossing + pooled), (before, at, crossing)]
     start, end, time = (np.array(part) for part in zip(*edges))
     time = np.minimum(time // 1000, 10**9).astype(np.int32)
     network = coo_matrix((time, (start, end)), shape=(len(place) + 2,) * 2).tocsr()
