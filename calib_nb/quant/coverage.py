@@ -193,7 +193,7 @@ def _noise_after(ends, table, start, scale, rounding, extremes, sums, count, out
             out[i, method] = total
 
 
-_GRID = 64  # bounds
+_GRID, _BLOCK = 64, 500  # bounds; images whose values are looked at together
 _COUNTED = {"both": np.array([1.0, 1.0]), "minmax": np.array([2.0, 0.0]), "ema": np.array([0.0, 2.0])}
 
 
@@ -231,13 +231,14 @@ class RangeNoise:
         self._start, last = np.where(usual, self._ends, np.inf).min(0), np.where(usual, self._ends, -np.inf).max(0)
         span = last - self._start
         self._scale = np.divide(_GRID - 1, span, out=np.zeros_like(span), where=span > 0)
-        knots = np.concatenate([some[:, used, :1], some[:, used, 4:], some[:, used, 1:2]], axis=2)
         bounds = self._start[:, :, None] + span[:, :, None] * np.linspace(0, 1, _GRID)
-        energy = [
-            clipped_energy(np.ascontiguousarray(np.minimum(x, last[:, s, None])), shares, bounds[:, s])
-            for s, (x, shares) in enumerate(((-knots[:, :, ::-1], SHARES[::-1].copy()), (knots, SHARES)))
-        ]
-        self._table = np.ascontiguousarray(np.stack(energy, axis=1) / power[used, None, None])
+        energy = np.zeros(bounds.shape)
+        for block in np.array_split(some[:, used], -(-len(some) // _BLOCK)):
+            knots = np.concatenate([block[:, :, :1], block[:, :, 4:], block[:, :, 1:2]], axis=2)
+            for s, (x, shares) in enumerate(((-knots[:, :, ::-1], SHARES[::-1].copy()), (knots, SHARES))):
+                usable = np.ascontiguousarray(np.minimum(x, last[:, s, None]))
+                energy[:, s] += len(block) / len(some) * clipped_energy(usable, shares, bounds[:, s])
+        self._table = energy / power[used, None, None]
 
     def shares(self, taken: Sequence[int]) -> np.ndarray:
         """Noise after each row beside those taken, float64 [rows, 2]: with minmax, with the mean of extremes."""
