@@ -190,7 +190,7 @@ def trust_table(trust: Trust) -> pd.DataFrame:
         )
         row("there are enough images", None, result, "collect more images")
     else:
-        result = f"{trust.chosen:,}; " + str(trust.advice).replace(": ", " needs ", 1)
+        result = f"{trust.chosen:,}; by its noise, " + str(trust.advice).replace(": ", " needs ", 1)
         row("there are enough images", trust.chosen >= trust.advice.typical, result, f"choose {trust.advice.images:,}")
     return pd.DataFrame(rows, columns=["check", "result", "verdict", "what to do"])
 
