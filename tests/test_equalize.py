@@ -238,7 +238,8 @@ def random_chain(seed, kinds, end):
 def test_equalization_is_exact(seed, kinds, end, with_images):
     graph = random_chain(seed, kinds, end)
     images = noise(graph, 1)
-    even = equalize(graph, images if with_images else ())
+    balance = (None, 1.0, 0.25)[seed % 3] if with_images else None
+    even = equalize(graph, images if with_images else (), balance=balance)
     assert agrees(graph, even, [images[0], 10 * images[0]])
     assert channel_groups(graph) and "Clip" not in {b.op_type for g in channel_groups(even) for b in g.bounds}
     onnx.checker.check_model(even.model, full_check=True)
@@ -249,6 +250,7 @@ def test_equalization_is_exact_on_real_models(real_data, name):
     graph = simplify(load_graph(real_data / "models" / f"{name}.onnx"))
     images = [100 * abs(x) if "yunet" in name else x for x in noise(graph, 1)]
     own = max(10 * float32_error(graph, images, copies=2), 1e-4)
+    assert change(graph, equalize(graph, images, balance=0.5), images) <= own
     for even in (equalize(graph), equalize(graph, images)):
         assert change(graph, even, images) <= own
         assert weight_table(even).worst_channel_db.median() > weight_table(graph).worst_channel_db.median()

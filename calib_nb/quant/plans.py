@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from .adaround import adaround, fit_weights
 from .bias_clip import absorb_bias, clip_ranges, correct_bias
-from .equalize import equalize
+from .equalize import BALANCES, equalize
 from .mixed import even_streams, scale_outputs
 from .observe import network_input
 from calib_nb.quant.quantize import (
@@ -271,9 +272,11 @@ class PlanSearch:
         return pd.DataFrame(rows, columns=STEP_COLUMNS)
 
 # %% ../../nbs/quant/17_plans.ipynb #cell-16
-def _equalized(search: PlanSearch, plan: Plan) -> Plan | None:
-    even = rewrite(equalize(search.simple, search.inputs, per_channel=search.target.weight_per_channel))
-    return _changed(search, plan, even)
+def _equalized(search: PlanSearch, plan: Plan, balance: float | None) -> Plan | None:
+    settings = {"per_channel": search.target.weight_per_channel, "balance": balance}
+    if balance == 1 and search.target.weight_per_channel:
+        return None  # what writes a channel does not count there, so that is what the larger one of the others gives
+    return _changed(search, plan, rewrite(equalize(search.simple, search.inputs, **settings)))
 
 
 def _smoothed(search: PlanSearch, plan: Plan) -> Plan | None:
@@ -321,23 +324,30 @@ def _changed(search: PlanSearch, plan: Plan, graph: Graph) -> Plan | None:
     return None if before == after else search.plan(graph, plan)
 
 
-REPAIRS = {
-    "equalize": (_equalized, "cross-layer equalization"),
-    "smooth": (_smoothed, "channels behind LayerNormalization evened into the weights"),
-    "spread": (_spread, "huge channels spread in front of LayerNormalization, and divided where only layers read them"),
-    "absorb": (_absorbed, "what channels always exceed moved into the biases of their readers"),
-    "ends": (_scaled, "a scale for each channel of the last layers, which the host has"),
-    "round": (_rounded, "AdaRound"),
-    "bias": (_corrected, "bias correction"),
+REPAIRS = {  # by step and what is done, in words, what does it
+    "equalize": {f"cross-layer equalization{words}": partial(_equalized, balance=b) for words, b in BALANCES.items()},
+    "smooth": {"channels behind LayerNormalization evened into the weights": _smoothed},
+    "spread": {
+        "huge channels spread in front of LayerNormalization, and divided where only layers read them": _spread,
+    },
+    "absorb": {"what channels always exceed moved into the biases of their readers": _absorbed},
+    "ends": {"a scale for each channel of the last layers, which the host has": _scaled},
+    "round": {"AdaRound": _rounded},
+    "bias": {"bias correction": _corrected},
 }
 
 
 def repaired_plans(search: PlanSearch, beam: list[TriedPlan], step: str) -> list[TriedPlan]:
-    """The least noisy of some plans and of what a repair makes of each, the least noisy first; older ones if equal."""
-    repair, detail = REPAIRS[step]
-    repaired = [(plan, on) for on in beam if (plan := repair(search, on.plan)) is not None]
-    found = [*beam, *(search.measure(plan, step, detail, on) for plan, on in repaired)]
-    return sorted(found, key=lambda tried: tried.noise)[: search.options.width]
+    """The least noisy of some plans and of what a repair makes of each, the least noisy first; older ones if equal.
+
+    Where there are several ways to repair a plan, the best of them stands for all, so that others stay in the beam.
+    """
+    found = list(beam)
+    for on in beam:
+        ways = [(detail, repair(search, on.plan)) for detail, repair in REPAIRS[step].items()]
+        tried = [search.measure(plan, step, detail, on) for detail, plan in ways if plan is not None]
+        found += sorted(tried, key=lambda one: one.noise)[:1]
+    return sorted(found, key=lambda one: one.noise)[: search.options.width]
 
 # %% ../../nbs/quant/17_plans.ipynb #cell-19
 _FITTED = 100  # images that weights are fitted to, at most

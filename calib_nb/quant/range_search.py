@@ -473,7 +473,7 @@ def expected_seconds(
     measure = pace.write + pace.run
     normal = any(n.op_type == "LayerNormalization" for n in graph.nodes)
     plans = {
-        "equalize": 1,
+        "equalize": 3 if profile.weight_per_channel else 4,
         "smooth": min(width, 2) * normal,
         "spread": min(width, 2) * normal,
         "absorb": 0.5,
