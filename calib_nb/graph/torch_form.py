@@ -147,9 +147,9 @@ def _quantize(place: _Place) -> Callable:
     def quantize(x, scale, zero=None):
         middle = _middle(zero, spread)
         steps = (x / spread(scale)).clamp(lowest - middle, highest - middle)
-        rounded = steps.round()
-        rounded = steps + (rounded - steps).detach() if steps.requires_grad else rounded  # the same number
-        return rounded + middle
+        if not steps.requires_grad:
+            return steps.round_().add_(middle)
+        return steps + (steps.round() - steps).detach() + middle  # exact: the difference is at most half a step
 
     return quantize
 
