@@ -32,9 +32,12 @@ class _Weight:
     def __init__(self, weight: np.ndarray, scale: np.ndarray, top: int):
         import torch
 
-        self.top, steps = top, np.clip(weight / scale, -top, top)
-        self.start, self.scale = (torch.from_numpy(np.array(v, np.float32)) for v in (steps, scale))
-        self.free = torch.from_numpy(np.array(np.abs(steps) < top - 0.6, np.float32))  # the others hold the scale
+        steps = np.clip(weight / scale, -top, top)
+        one = tuple(k for k, n in enumerate(scale.shape) if n == 1)  # the axes along which one scale serves all
+        largest = np.rint(np.abs(steps).max(one, keepdims=True))
+        free = np.abs(steps) < largest - 0.6  # the others hold the scale
+        arrays = (steps, scale, largest, free)
+        self.start, self.scale, self.top, self.free = (torch.from_numpy(np.array(v, np.float32)) for v in arrays)
         self.move = torch.zeros_like(self.start, requires_grad=True)
 
     def rounded(self):
@@ -67,7 +70,8 @@ class _Student:
         for layer in layers(graph):
             node = nodes.get(layer.node.name)
             read = int8.producer(node.input[1]) if node is not None else None
-            if read is not None and read.input[0] in int8.constants and uses[layer.weight] == 1:
+            stored = read is not None and read.op_type == "DequantizeLinear" and read.input[0] in int8.constants
+            if stored and uses[layer.weight] == 1:
                 self._learn(layer, int8, nodes, read)
         grids = activation_grids(int8)
         values = {name: tuple(int8.constant(k).item() for k in pair) for name, pair in grids.items()}

@@ -181,7 +181,7 @@ def _fitted(search: PlanSearch, on: TriedPlan) -> TriedPlan:
 
 _TAUGHT = 100  # images that teach, at most
 _LEAST_TAUGHT = (32, 100)  # images and steps; fewer teach little that holds
-_BYTES_TAUGHT = 1_000_000_000  # of inputs in memory
+_BYTES_TAUGHT = 1_000_000_000  # of inputs and answers in memory
 
 
 def _needs_teaching(search: PlanSearch, noise: float) -> bool:
@@ -193,7 +193,8 @@ def _needs_teaching(search: PlanSearch, noise: float) -> bool:
 def _taught_plan(search: PlanSearch, plan: Plan) -> Plan | None:
     """A plan whose INT8 form was taught by the float network; None where it cannot be."""
     steps = affordable_steps(plan.graph, DistillOptions().steps)
-    images = search.calibration[: min(_TAUGHT, _BYTES_TAUGHT // (4 * int(np.prod(search.shape))))]
+    each = 2 * sum(a.nbytes for a in (search.inputs[0], *search.reference[0]))  # as it is, and mirrored
+    images = search.calibration[: min(_TAUGHT, _BYTES_TAUGHT // each)]
     enough = len(images) >= _LEAST_TAUGHT[0] and steps >= _LEAST_TAUGHT[1]
     if not enough or search.target.weight_bits != 8 or not has_torch_form(search.written(plan).infer()):
         return None
