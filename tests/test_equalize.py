@@ -507,3 +507,19 @@ def test_no_images_is_an_input_error():
     for call in (lambda: absorb_bias(graph, []), lambda: correct_bias(graph, graph, []), lambda: adaround(graph, [])):
         with pytest.raises(InputError, match="no images"):
             call()
+
+
+@pytest.mark.parametrize("balance", [1.0, 0.5, 0.25])
+def test_a_channel_that_never_speaks_does_not_move_the_others(balance):
+    """Factors are relative: a common one would grow with every sweep, and some quantizers know no scale below 1e-5."""
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(0, 1, (8, 3, 1, 1)), rng.normal(0, 1, (4, 8, 1, 1))
+    a[0], b[:, 0] = 0, 1e-4  # silent, and hardly read
+    text = "u = Conv (x, a); v = Relu (u); y = Conv (v, b)"
+    graph = network(text, inputs={"x": (1, 3, 6, 6)}, a=a, b=b)
+    images = noise(graph, 4)
+    even = equalize(graph, images, balance=balance)
+    assert agrees(graph, even, images)
+    for old, new in zip(layers(graph), layers(even)):
+        sizes = [np.abs(get_weight(g, k)).max() for g, k in ((graph, old), (even, new))]
+        assert 0.05 < sizes[1] / sizes[0] < 20

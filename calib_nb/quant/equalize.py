@@ -196,6 +196,7 @@ def equal_factors(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> 
     return np.where(alive, np.sqrt(np.where(alive, one, 1) / np.where(alive, two, 1)), 1.0)
 
 # %% ../../nbs/quant/08_equalize.ipynb #balance-code
+_LEVELS = 256  # of a code: what is smaller than that beside the largest is not raised further
 BALANCES = {"": None, ", weights as much": 1.0, ", weights half as much": 0.5, ", weights a quarter": 0.25}
 
 
@@ -211,13 +212,16 @@ def balanced_factors(
         balance: How much weights count beside activations, above 0 to 1.
 
     Returns:
-        float64 [channels]: 1 for a channel that is zero in any.
+        float64 [channels], of geometric mean 1. Less than one level of a code counts as one, what is zero does not
+        count, and what nothing reads is made as small as a level.
     """
     parts = [(ranges, power) for ranges, power in ((stored, 1.0), (written, balance), (read, -balance)) if ranges]
-    reach = [np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) for ranges, _ in parts]
-    alive, powers = np.all([r > 0 for r in reach], axis=0), [power for _, power in parts]
-    logs = [power * np.log(np.where(alive, r, 1)) for r, power in zip(reach, powers)]
-    return np.exp(np.sum(logs, axis=0) / np.abs(powers).sum())
+    reach = np.array([np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) for ranges, _ in parts])
+    powers = np.where(reach > 0, [[power] for _, power in parts], 0.0)
+    logs = (powers * np.log(np.maximum(reach, 1 / _LEVELS))).sum(0) / np.maximum(np.abs(powers).sum(0), 1e-300)
+    logs -= logs.mean()
+    unread = reach[-1] == 0 if read else np.zeros(len(logs), bool)
+    return np.exp(np.where(unread, np.log(np.maximum(reach.max(0) * _LEVELS, 1)), logs))
 
 # %% ../../nbs/quant/08_equalize.ipynb #cell-22
 def _bound(graph: Graph, node, factors: np.ndarray, last: bool) -> None:
@@ -306,9 +310,6 @@ def rescale(graph: Graph, group: ChannelGroup, factors: np.ndarray) -> None:
     graph.sweep()
 
 # %% ../../nbs/quant/08_equalize.ipynb #cell-29
-_LEVELS = 256  # of a code: a channel that is smaller than that beside the largest is not raised further
-
-
 def _activation_reach(graph: Graph, groups: Sequence[ChannelGroup], images, stored_only: bool) -> dict:
     """Largest absolute value of each channel of the groups' tensors on the images, by name."""
     # what is stored has a range: what a Relu swallows has none
@@ -379,7 +380,7 @@ def equalize(
         per_channel: For targets with a scale per weight channel: only activations are evened,
             and only where no Clip would become another operator.
         balance: How much weights count beside activations, 0 to 1; None: the larger of the two counts, as published.
-        tolerance: Stop when no factor differs from 1 by more.
+        tolerance: Stop when no factor differs from 1 by more; with a balance by a hundredth of that.
         sweeps: Stop after so many visits of all groups.
 
     Returns:
@@ -398,7 +399,7 @@ def equalize(
     new = graph.copy()
     groups = [g for g in channel_groups(new) if not (per_channel and g.bounds)]
     reach = _activation_reach(new, groups, images, per_channel or balance is not None) if len(images) else {}
-    state = _Evening(new, groups, reach, per_channel, balance)
+    state, tolerance = _Evening(new, groups, reach, per_channel, balance), tolerance / (100 if balance else 1)
     for _ in range(sweeps):
         moved = 0.0
         for k in range(len(groups)):

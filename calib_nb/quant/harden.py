@@ -9,6 +9,7 @@ __all__ = ['HARDENING', 'HardenOptions', 'Hardened', 'harden_model']
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..graph.model import Graph, load_graph
 from .bias_clip import absorb_bias, correct_bias
 from .black_boxes import BOXES, GRANULARITIES, box_parts, boxes_for, simulate
 from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips
-from .equalize import equalize
+from .equalize import BALANCES, equalize
 from .mixed import even_streams
 from .observe import network_input
 from calib_nb.quant.quantize import (
@@ -203,10 +204,10 @@ class _Hardening:
         return table.assign(kept=[k in best.path for k in table.index])
 
 # %% ../../nbs/quant/23_harden.ipynb #cell-15
-def _equalized(search: _Hardening, plan: _Plan) -> Graph | None:
+def _equalized(search: _Hardening, plan: _Plan, balance: float | None) -> Graph | None:
     """Weights and activations evened; only the plan as given is equalized, since its layers are in their first form."""
     fits = plan is search.first and search.options.weights != "per-channel"
-    return rewrite(equalize(search.simple, search.inputs)) if fits else None
+    return rewrite(equalize(search.simple, search.inputs, balance=balance)) if fits else None
 
 
 def _evened(search: _Hardening, plan: _Plan) -> Graph | None:
@@ -237,8 +238,9 @@ def _rounded(search: _Hardening, plan: _Plan) -> Graph | None:
     return correct_bias(plan.graph, rounded, search.inputs[:16], threads=search.options.threads)
 
 
-_MAKERS = {"equalize": _equalized, "even": _evened, "smooth": _smoothed, "spread": _spread}
-_MAKERS |= {"absorb": _absorbed, "round": _rounded}
+_ONE_WAY = {"even": _evened, "smooth": _smoothed, "spread": _spread, "absorb": _absorbed, "round": _rounded}
+_MAKERS = {step: {"": maker} for step, maker in _ONE_WAY.items()}
+_MAKERS["equalize"] = {words: partial(_equalized, balance=b) for words, b in BALANCES.items()}
 
 
 def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
@@ -273,16 +275,22 @@ def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
         # the best of thousands of choices: images that did not choose must see a gain beyond its error
         plans = [cut] if cut and cut.parts.surely_below(beam[0].parts, search.by.errors) else []
     else:
-        plans, (detail, exact) = [], HARDENING[step]
-        for plan in beam:
-            graph = _MAKERS[step](search, plan)
-            if graph is not None and _differ(graph, plan.graph):
-                plans.append(search.measured(graph, step, detail, exact, plan))
-    admitted = [plan for plan in plans if plan is not None and search.admits(plan)]
+        plans = [best for plan in beam if (best := _best_way(search, plan, step)) is not None]
+    admitted = [plan for plan in plans if search.admits(plan)]
     found = sorted([*beam, *admitted], key=lambda plan: plan.mean())
     # both ways to equalize start from the given file
     stays = [search.first] if step == "equalize" and search.first not in found[: search.options.width] else []
     return [*found[: search.options.width], *stays]
+
+
+def _best_way(search: _Hardening, plan: _Plan, step: str) -> _Plan | None:
+    """The best of what a step makes of a plan in one way or another, so that other plans stay in the beam."""
+    (detail, exact), tried = HARDENING[step], []
+    for words, maker in _MAKERS[step].items():
+        graph = maker(search, plan)
+        if graph is not None and _differ(graph, plan.graph):
+            tried.append(search.measured(graph, step, detail + words, exact, plan))
+    return min(tried, key=lambda one: (not search.admits(one), one.mean()), default=None)
 
 
 def _differ(one: Graph, other: Graph) -> bool:
