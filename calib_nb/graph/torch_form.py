@@ -141,7 +141,7 @@ def _quantize(place: _Place) -> Callable:
     if len(place.node.input) > 2 and (name := place.node.input[2]):
         _need(name in zeros, f"its zero point '{name}' is no constant")
         kind = zeros[name].data_type
-    _need(kind in _CODES and not place.get("precision", 0), f"codes of ONNX's type {kind}, or a precision of its own")
+    _need(kind in _CODES and not place.get("precision", 0), f"codes of ONNX's type {kind}, or a fixed precision")
     lowest, highest = _CODES[kind]
 
     def quantize(x, scale, zero=None):
@@ -168,7 +168,7 @@ def _conv(place: _Place) -> Callable:
 
 
 def _conv_transpose(place: _Place) -> Callable:
-    _need(not place.get("output_shape") and not place.get("auto_pad", "").startswith("SAME"), "a size of its own")
+    _need(not place.get("output_shape") and not place.get("auto_pad", "").startswith("SAME"), "a prescribed size")
     strides, dilations, pairs = place.windows(place.shape(1)[2:])
     added, group = place.get("output_padding") or [0] * len(pairs), place.get("group", 1)
     _need(all(a < max(s, d) for a, s, d in zip(added, strides, dilations)), f"output_padding {added}")

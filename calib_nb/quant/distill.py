@@ -216,7 +216,7 @@ def distill(
         if layer.op != "MatMul":  # a bias that can move
             set_bias(graph, layer, get_bias(graph, layer))
     nodes = {"float_nodes": options.float_nodes, "wide_nodes": options.wide_nodes}
-    student = _Student(graph.infer(), write_qdq(graph, table, target, **nodes).infer())
+    student = _Student(graph.infer(), write_qdq(graph, table, target, **nodes))
     both = [*inputs, *map(_mirrored, inputs)]
     answers = outputs_of(teacher, both, threads=options.threads)
     places, losses = [list(teacher.outputs).index(name) for name in measured_outputs(teacher)], []

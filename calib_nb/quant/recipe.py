@@ -196,7 +196,7 @@ def _taught_plan(search: PlanSearch, plan: Plan) -> Plan | None:
     each = 2 * sum(a.nbytes for a in (search.inputs[0], *search.reference[0]))  # as it is, and mirrored
     images = search.calibration[: min(_TAUGHT, _BYTES_TAUGHT // each)]
     enough = len(images) >= _LEAST_TAUGHT[0] and steps >= _LEAST_TAUGHT[1]
-    if not enough or search.target.weight_bits != 8 or not has_torch_form(search.written(plan).infer()):
+    if not enough or search.target.weight_bits != 8 or not has_torch_form(search.written(plan)):
         return None
     inputs = [network_input(image, search.preprocess, search.shape) for image in images]
     options = DistillOptions(steps=steps, threads=search.threads, progress=search.progress, **plan.nodes)
