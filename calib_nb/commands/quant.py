@@ -54,8 +54,8 @@ def quantize(
         typer.Option(
             help="auto: the recipe (equalize, spread huge channels, correct biases, keep the worst nodes in float, "
             "choose ranges tensor by tensor, fit weights, let the float network teach what is still noisy); thorough: "
-            "AdaRound too, which takes minutes; all: the best range method; or one of minmax, ema, kl, percentile, iqr, "
-            "mse.",
+            "AdaRound too, which takes minutes; all: the best range method; or one of minmax, ema, kl, percentile, "
+            "iqr, mse.",
             autocompletion=_method_names,
         ),
     ] = "auto",
