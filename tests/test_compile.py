@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from processes import ends
 
 from calib_nb.core.errors import CheckFailed, ConfigError, InputError
 from calib_nb.graph.build import network
@@ -119,20 +120,7 @@ def test_too_long_ends_the_whole_group(place):
         assert compilation.exit_code == 124 and time.perf_counter() - start < 300
         if Path("child").exists() and Path("child").read_text():
             break
-    assert _ends(int(Path("child").read_text()))
-
-
-def _ends(pid):
-    """Whether a process is gone within a minute: a busy machine ends what is killed after the signal has returned."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
+    assert ends(int(Path("child").read_text()))
 
 
 def test_ctrl_c_ends_the_compiler_and_leaves_nothing(place):
@@ -148,7 +136,7 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing(place):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) != 0
-    assert _ends(int(Path("child").read_text())) and not Path("out").exists() and not list(place.glob(".*partial"))
+    assert ends(int(Path("child").read_text())) and not Path("out").exists() and not list(place.glob(".*partial"))
 
 
 def test_nothing_goes_through_a_shell(place):
