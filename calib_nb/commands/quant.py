@@ -52,10 +52,10 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="auto: the recipe (equalize, spread huge channels, correct biases, keep the worst nodes in float, "
-            "choose ranges tensor by tensor, fit weights, let the float network teach what is still noisy); thorough: "
-            "AdaRound too, which takes minutes; all: the best range method; or one of minmax, ema, kl, percentile, "
-            "iqr, mse.",
+            help="auto: the recipe (equalize, spread huge channels, round weights so that they make up for each other, "
+            "correct biases, keep the worst nodes in float, choose ranges tensor by tensor, fit weights, let the float "
+            "network teach what is still noisy); thorough: AdaRound too, which takes minutes; all: the best range "
+            "method; or one of minmax, ema, kl, percentile, iqr, mse.",
             autocompletion=_method_names,
         ),
     ] = "auto",
