@@ -212,15 +212,19 @@ def balanced_factors(
         balance: How much weights count beside activations, above 0 to 1.
 
     Returns:
-        float64 [channels], of geometric mean 1. Less than one level of a code counts as one, what is zero does not
-        count, and what nothing reads is made as small as a level.
+        float64 [channels]: the largest activation (without one, what writes it) comes out as large as it was. Less than
+        one level of a code counts as one, what is zero does not count, and what nothing reads is made as small as a
+        level.
     """
     parts = [(ranges, power) for ranges, power in ((stored, 1.0), (written, balance), (read, -balance)) if ranges]
     reach = np.array([np.max([r / max(r.max(initial=0), 1e-300) for r in ranges], axis=0) for ranges, _ in parts])
     powers = np.where(reach > 0, [[power] for _, power in parts], 0.0)
     logs = (powers * np.log(np.maximum(reach, 1 / _LEVELS))).sum(0) / np.maximum(np.abs(powers).sum(0), 1e-300)
-    logs -= logs.mean()
     unread = reach[-1] == 0 if read else np.zeros(len(logs), bool)
+    for size in reach[: len(reach) - bool(read)]:
+        if (seen := (size > 0) & ~unread).any():
+            logs += (np.log(size[seen]) - logs[seen]).max()
+            break
     return np.exp(np.where(unread, np.log(np.maximum(reach.max(0) * _LEVELS, 1)), logs))
 
 # %% ../../nbs/quant/08_equalize.ipynb #cell-22

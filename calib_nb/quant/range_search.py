@@ -449,14 +449,15 @@ _SHARED = 16  # images of a sensitivity pass and of a search for ranges
 _NETWORKS = 192  # of a sensitivity pass, at most
 
 
+_HELD = 32  # images of the rounding, at most
 _FIT_PACE = 5e10  # float64 operations a second, of a core
 
 
-def _fitting_work(graph: Graph) -> float:
-    """Operations of the least squares that fit all layers."""
+def _fitting_work(graph: Graph, solving: int) -> float:
+    """Operations that fit or round all layers, so many for each cube of a layer's inputs."""
     shapes = [(layer.groups, get_weight(graph, layer).shape) for layer in layers(graph)]
     sizes = [(groups, math.prod(shape[1:]), shape[0] // groups) for groups, shape in shapes]
-    return sum(groups * (2 * FIT_ROWS * k * (k + n) + 125 * k**3) for groups, k, n in sizes)
+    return sum(groups * (2 * FIT_ROWS * k * (k + n) + solving * k**3) for groups, k, n in sizes)
 
 
 def expected_seconds(
@@ -492,6 +493,7 @@ def expected_seconds(
         "spread": min(width, 2) * normal,
         "absorb": 0.5,
         "ends": min(width, 2) * profile.host_ends,
+        "round": width,
         "bias": min(width, 2),
     }
     repaired = sum(plans[step] for step in steps if step in plans)
@@ -503,7 +505,8 @@ def expected_seconds(
         "float_nodes": alone * (profile.float_nodes > 0),
         "methods": 10 * measure,
         "clip": 2 * measure,
-        "weights": 2 * pace.run + _fitting_work(graph) / _FIT_PACE,
+        "round": width * (2 * _HELD * each + _fitting_work(graph, 5) / _FIT_PACE),
+        "weights": 2 * pace.run + _fitting_work(graph, 125) / _FIT_PACE,
         "distill": 2.5 * affordable_runs(graph, 600 * _LESSON) * each,
         "ranges": 16 * pace.write + affordable_runs(graph, runs) * each,
     }
