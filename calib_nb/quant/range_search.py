@@ -449,7 +449,6 @@ _SHARED = 16  # images of a sensitivity pass and of a search for ranges
 _NETWORKS = 192  # of a sensitivity pass, at most
 
 
-_HELD = 32  # images of the rounding, at most
 _FIT_PACE = 5e10  # float64 operations a second, of a core
 
 
@@ -493,7 +492,6 @@ def expected_seconds(
         "spread": min(width, 2) * normal,
         "absorb": 0.5,
         "ends": min(width, 2) * profile.host_ends,
-        "round": width,
         "bias": min(width, 2),
     }
     repaired = sum(plans[step] for step in steps if step in plans)
@@ -505,7 +503,7 @@ def expected_seconds(
         "float_nodes": alone * (profile.float_nodes > 0),
         "methods": 10 * measure,
         "clip": 2 * measure,
-        "round": width * (2 * _HELD * each + _fitting_work(graph, 5) / _FIT_PACE),
+        "round": width * (pace.observe / 2 + 2 * measure + pace.run + _fitting_work(graph, 5) / _FIT_PACE),
         "weights": 2 * pace.run + _fitting_work(graph, 125) / _FIT_PACE,
         "distill": 2.5 * affordable_runs(graph, 600 * _LESSON) * each,
         "ranges": 16 * pace.write + affordable_runs(graph, runs) * each,
