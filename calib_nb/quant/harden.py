@@ -240,7 +240,7 @@ def _rounded(search: _Hardening, plan: _Plan) -> Graph | None:
 
 
 def _in_turn(search: _Hardening, plan: _Plan) -> Graph | None:
-    if search.options.weights == "per-channel":
+    if search.options.weights != "per-tensor":
         return None
     return round_weights(plan.graph, search.inputs[:_JUDGES], threads=search.options.threads)
 
