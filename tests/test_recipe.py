@@ -24,6 +24,7 @@ from calib_nb.faces.verification import VerificationTask
 from calib_nb.graph.build import network as build_network
 from calib_nb.graph.contract import open_session
 from calib_nb.graph.fixed import fix_batch
+from calib_nb.graph.model import load_graph
 from calib_nb.npu.config import generate_config, save_config
 from calib_nb.quant.mixed import choose_float_nodes
 from calib_nb.quant.quantize import read_history
@@ -138,7 +139,7 @@ def test_the_recipe_brings_edgeface_back(real_data, tmp_path):
     model = fix_batch(real_data / "models/edgeface_xxs_q_dequant.onnx", tmp_path / "edgeface.onnx")
     recipe = auto(model, faces, preset("edgeface"), tmp_path / "npu.onnx", profile="per-tensor-npu", progress=False)
     assert recipe.steps.noise.iloc[0] > 0.5 and recipe.steps[recipe.steps.kept].noise.iloc[-1] < 0.2
-    assert len(recipe.model.float_nodes) <= 13
+    assert len(recipe.model.float_nodes) <= len(load_graph(model).nodes) / 10
 
 
 @settings(derandomize=True)
