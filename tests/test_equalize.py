@@ -518,8 +518,8 @@ def test_the_largest_activation_stays(balance):
     assert (reaches[0] / factors).max() == pytest.approx(reaches[0].max()) and np.ptp(np.log(factors)) > 1
     silent = balanced_factors([np.where(np.arange(16), reaches[0], 0)], [reaches[1]], [reaches[2]], balance)
     assert np.isfinite(silent).all() and np.abs(np.log(silent)).max() < np.log(256)
-    unseen = balanced_factors([np.zeros(16)], [reaches[1]], [reaches[2]], balance)
-    assert (reaches[1] / unseen).max() == pytest.approx(reaches[1].max())
+    without = balanced_factors([np.zeros(16)], [reaches[1]], [reaches[2]], balance)
+    assert (reaches[1] / without).max() == pytest.approx(reaches[1].max())
 
 
 def largest_weights(graph):

@@ -59,7 +59,7 @@ HARDENING = {
     "smooth": ("channels behind LayerNormalization evened into the weights", True),
     "spread": ("huge channels spread in front of LayerNormalization, and divided where only layers read them", True),
     "absorb": ("what channels always exceed moved into the biases of their readers", False),
-    "round": ("weights on the grid of a scale per tensor, ", False),
+    "round": ("weights on the grid of a scale per tensor", False),
     "clips": ("tensors cut", False),
 }
 
@@ -247,7 +247,7 @@ def _in_turn(search: _Hardening, plan: _Plan) -> Graph | None:
 
 _ONE_WAY = {"even": _evened, "smooth": _smoothed, "spread": _spread, "absorb": _absorbed}
 _MAKERS = {step: {"": maker} for step, maker in _ONE_WAY.items()}
-_MAKERS["round"] = {"biases corrected for it": _rounded, "one makes up for the error of another": _in_turn}
+_MAKERS["round"] = {", biases corrected for it": _rounded, ", one makes up for the error of another": _in_turn}
 _MAKERS["equalize"] = {words: partial(_equalized, balance=b) for words, b in BALANCES.items()}
 
 
