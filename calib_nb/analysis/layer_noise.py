@@ -18,6 +18,7 @@ from ..core.parallel import bar_switch
 from ..core.similarity import decibels, sqnr
 from ..graph.model import Graph, open_graph
 from ..quant.bias_clip import only_reader
+from ..quant.channel_copies import copy_shifts
 
 # %% ../../nbs/analysis/03_layer_noise.ipynb #cell-8
 def separate_units(matched: MatchedModels) -> Graph:
@@ -29,10 +30,9 @@ def separate_units(matched: MatchedModels) -> Graph:
         for k, i in enumerate(n.input):
             if n.op_type not in QDQ and root.get(i, i) in fed:
                 n.input[k] = f"float:{fed[root.get(i, i)]}"
-    source = matched.float_graph
     new.model.graph.input.extend(
-        onnx.helper.make_tensor_value_info(f"float:{name}", onnx.TensorProto.FLOAT, source.shape(name))
-        for name in fed.values()
+        onnx.helper.make_tensor_value_info(f"float:{name}", onnx.TensorProto.FLOAT, matched.int8_graph.shape(at))
+        for at, name in fed.items()
     )
     return Graph(new.model)
 
@@ -120,7 +120,8 @@ def compensated_factors(
     def noise(own: dict[str, np.ndarray]) -> np.ndarray:
         total = np.zeros(len(readers))
         for arrays in exact:
-            outputs = alone.run(values, {f"float:{name}": arrays[name] * own.get(name, one) for name in read})
+            feed = {f"float:{name}": matched.copied(name, arrays[name] * own.get(name, one)) for name in read}
+            outputs = [matched.joined(u.tensor, y) for u, y in zip(readers, alone.run(values, feed))]
             wanted = [arrays[u.tensor] * factors.get(u.tensor, one) for u in readers]
             total += [float(np.square(y - x).sum()) for x, y in zip(wanted, outputs)]
         return total
@@ -159,7 +160,7 @@ def intended_factors(
     factors, names = {}, [u.tensor for u in matched.units if u.reads and u.tensor not in source.outputs]
     for some in _portions(source, names, len(inputs)):
         for name, x, y in zip(some, values(source, some), values(together, [place[t] for t in some])):
-            if (factor := channel_factors(x, y)) is not None:
+            if (factor := channel_factors(x, np.stack([matched.joined(name, one) for one in y]))) is not None:
                 factors[name] = factor
     return compensated_factors(matched, factors, inputs[:2], threads=threads)
 
@@ -222,14 +223,19 @@ def channel_axis(x: np.ndarray) -> int:
 class _Codes:
     """What a unit's Q does to the float tensor."""
 
-    def __init__(self, quantizer: MatchedQuantizer):
+    def __init__(self, quantizer: MatchedQuantizer, copies: int = 1):
+        self.shifts = quantizer.scale * copy_shifts(copies)
         self.q, self.counts = quantizer, np.zeros(quantizer.highest - quantizer.lowest + 1, np.int64)
         self.clipped, self.clip_noise, self.round_noise = 0, 0.0, 0.0
 
     def add(self, x: np.ndarray) -> None:
         codes = self.q.codes(x).ravel()
         kept = np.clip(codes, self.q.lowest, self.q.highest)
-        noise, outside = self.q.value(kept) - x.ravel(), np.flatnonzero(kept != codes)
+        outside, values = np.flatnonzero(kept != codes), self.q.value(kept)
+        if len(self.shifts) > 1:
+            copies = [np.clip(self.q.codes(x + s).ravel(), self.q.lowest, self.q.highest) for s in self.shifts]
+            values = np.mean([self.q.value(one) - s for one, s in zip(copies, self.shifts)], 0, dtype=np.float32)
+        noise = values - x.ravel()
         clip_noise = float(np.square(noise[outside], dtype=np.float64).sum())
         self.clipped += len(outside)
         self.clip_noise += clip_noise
@@ -250,10 +256,11 @@ class _Codes:
 class _Row:
     """What is added up about one unit."""
 
-    def __init__(self, unit: Unit, factors: dict[str, np.ndarray], masked: bool = False):
-        self.unit, self.factor, self.masked = unit, factors.get(unit.tensor), masked
+    def __init__(self, unit: Unit, matched: MatchedModels, masked: bool = False):
+        self.unit, self.factor, self.masked = unit, matched.factors.get(unit.tensor), masked
         self.together, self.alone = LayerNoise(), LayerNoise()
-        self.codes = _Codes(unit.quantizer) if unit.quantizer else None
+        copies = matched.copies.get(unit.tensor, (0, 1))[1]
+        self.codes = _Codes(unit.quantizer, copies) if unit.quantizer else None
         self.axis, self.uneven, self.raw = None, 1.0, 0.0  # raw: noise alone, in the INT8 file's unit
 
     def add(self, x: np.ndarray, together: np.ndarray, alone: np.ndarray) -> None:
@@ -277,7 +284,7 @@ class _Row:
     def weight_db(self, matched: MatchedModels) -> float:
         """SQNR of the weights; NaN where they cannot be compared."""
         u = self.unit
-        if not u.weight or not matched.factors.keys().isdisjoint((u.tensor, *u.reads)):
+        if not u.weight or not {*matched.factors, *matched.copies}.isdisjoint((u.tensor, *u.reads)):
             return np.nan
         w, v = matched.float_graph.constant(u.weight[0]), matched.int8_graph.constant(u.weight[1])
         return float(sqnr(w, v)) if w.shape == v.shape else np.nan
@@ -309,12 +316,16 @@ def _measure_part(matched: MatchedModels, alone: Graph, rows: dict[str, _Row], i
     one = np.float32(1)
     for x in inputs:
         exact = _outputs(source, needed, x)
-        feed = {f"float:{name}": value * matched.factors.get(name, one) for name, value in exact.items()}
+        feed = {
+            f"float:{name}": matched.copied(name, value * matched.factors.get(name, one))
+            for name, value in exact.items()
+        }
         feed |= dict.fromkeys(matched.int8_graph.inputs, x)
         together = _outputs(whole, values, x)
         separate = parts.run(values, {i.name: feed[i.name] for i in parts.get_inputs()})
         for row, a, b in zip(rows.values(), together.values(), separate):
-            row.add(exact[row.unit.tensor], a, b)
+            name = row.unit.tensor
+            row.add(exact[name], matched.joined(name, a), matched.joined(name, b))
         bar.update()
 
 
@@ -341,7 +352,7 @@ def measure_layers(
     masks = {"Softmax", "MaxPool"}  # what a mask hides from these does not count
     readers = {u.tensor: only_reader(matched.float_graph, u.tensor) for u in units}
     masked = {name for name, n in readers.items() if n is not None and n.op_type in masks}
-    rows, alone = {u.tensor: _Row(u, matched.factors, u.tensor in masked) for u in units}, separate_units(matched)
+    rows, alone = {u.tensor: _Row(u, matched, u.tensor in masked) for u in units}, separate_units(matched)
     parts = list(_portions(matched.float_graph, list(rows), 3))
     with tqdm(total=len(parts) * len(inputs), desc="diagnose", unit="run", **bar_switch(progress)) as bar:
         for part in parts:

@@ -218,6 +218,7 @@ class MatchedModels:
         units: What is in both, in the float network's order.
         unmatched: Units of the float network that the INT8 file does not have.
         factors: By tensor, factors by which the INT8 file's channels are larger on purpose.
+        copies: By tensor that the INT8 file has in copies, on which axis, and how many.
     """
 
     float_graph: Graph
@@ -225,6 +226,17 @@ class MatchedModels:
     units: list[Unit]
     unmatched: list[Unit]
     factors: dict[str, np.ndarray] = field(default_factory=dict)
+    copies: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def copied(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A float tensor as the INT8 file has it, in copies."""
+        axis, count = self.copies.get(name, (0, 1))
+        return x if count == 1 else np.concatenate([x] * count, axis)
+
+    def joined(self, name: str, y: np.ndarray) -> np.ndarray:
+        """A tensor of the INT8 file as the float network has it, the mean of its copies."""
+        axis, count = self.copies.get(name, (0, 1))
+        return y if count == 1 else np.mean(np.split(y, count, axis), 0, dtype=y.dtype)
 
 
 def _basic(path: str | Path) -> Graph:
@@ -252,6 +264,15 @@ def _forms(path: str | Path) -> Iterator[Graph]:
 
 # %% ../../nbs/analysis/02_match.ipynb #cell-21
 _FOUR_BITS = (21, 22)  # ONNX's numbers of uint4 and int4
+
+
+def _copies(given: tuple | None, found: tuple | None) -> tuple[int, int] | None:
+    """On which axis of a tensor channels are written how often, once for equal shapes; None for another tensor."""
+    if given == found or not given or not found or len(given) != len(found):
+        return (0, 1) if given == found else None
+    axis = next(k for k, (a, b) in enumerate(zip(given, found)) if a != b)
+    fits = given[:axis] == found[:axis] and given[axis + 1 :] == found[axis + 1 :] and axis in (1, len(given) - 1)
+    return (axis, found[axis] // given[axis]) if fits and given[axis] and found[axis] % given[axis] == 0 else None
 
 
 class _Matcher:
@@ -305,7 +326,8 @@ class _Matcher:
         names, makers = self.reach(root, reads, len(run)) if root is not None else (set(), [])
         if names != reads or makers[-1].op_type not in kinds or makers[0].op_type != head.op_type:
             return unit
-        if self.source.shape(tensor) != self.folded.shape(root):
+        same = {tensor: root} | {i: self.outputs[i] for i in reads if i in self.outputs}
+        if not all(_copies(self.source.shape(i), self.folded.shape(other)) for i, other in same.items()):
             return unit
         quantizer, tail = quantizer_of(self.folded, root), run[len(run) - kinds[::-1].index(makers[-1].op_type) :]
         coded = all(i in self.root for m in makers for i in m.input if self.name(i) in reads) and quantizer is not None
@@ -368,4 +390,6 @@ def match_models(float_model: str | Path, int8_model: str | Path) -> MatchedMode
             fix="name the float model that the INT8 file was made from, as the quantizer was given it",
         )
     unmatched = [u for u in every if not u.root and u.computes]
-    return MatchedModels(form, fold_constants(written), [u for u in every if u.root], unmatched)
+    found, folded = [u for u in every if u.root], fold_constants(written)
+    copies = {u.tensor: _copies(form.shape(u.tensor), folded.shape(u.root)) for u in found}
+    return MatchedModels(form, folded, found, unmatched, copies={name: c for name, c in copies.items() if c[1] > 1})

@@ -142,13 +142,14 @@ def model_facts(model: str | Path, int8: QuantizedModel, chain: Preprocess) -> d
         per = "channel" if target.weight_per_channel else "tensor"
         (low, high), (least, most) = target.weight_levels, target.activation_levels
         target_words += f": weights per {per} in {low} to {high}, activations per tensor in {least} to {most}"
-    others = _other_widths(int8)
+    others, more = _other_widths(int8), int8.added_macs
     return {
         "float model": f"{Path(model).name}: {parts}, opset {contract.opset}",
         "input": f"{source.name}: {' x '.join(map(str, source.shape))}, {source.dtype}",
         "preprocessing": chain_words(chain),
         "target": target_words,
-        "in integers" if others else "in INT8": f"{int8.int8_share:.1%} of the multiply-accumulates{others}; {kept}",
+        "in integers" if others else "in INT8": f"{int8.int8_share:.1%} of the multiply-accumulates{others}; {kept}"
+        + (f"; {more:.0%} more work than in float, for channels in copies" if more else ""),
         "INT8 model": f"{int8.path.name}: {int8.size_mb:.3g} MB, "
         f"{int8.size_mb / int8.float_size_mb:.0%} of the float file",
     }

@@ -128,6 +128,7 @@ def quantize(
     written, measure = int8.model, int8.model.measure
     measured = measure.text(written.noise)
     nodes = f", {written.wide_tensors} tensors in 16 bits" if written.wide_tensors else ""
+    nodes += f", {written.added_macs:.0%} more of them than in float" if written.added_macs else ""
     nodes += f", {len(written.float_nodes)} nodes kept in float" if written.float_nodes else ""
     typer.echo(
         f"{written.int8_share:.1%} of multiply-accumulates in INT8{nodes}\n"
@@ -248,6 +249,13 @@ def harden(
     num_samples: Annotated[
         int | None, typer.Option(min=2, help="Images to work with (default: the config's calibration_num).")
     ] = None,
+    extra_macs: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Work that may come in for channels in copies, as a share of the multiply-accumulates that are there.",
+        ),
+    ] = 0.25,
     form: Annotated[
         str,
         typer.Option(
@@ -261,9 +269,10 @@ def harden(
     """Write a float ONNX file that other people's static quantizers treat well.
 
     For a compiler that takes a float file and images, and nothing else: give it this file instead, and the same images.
-    Channels get even sizes, which changes no output; tensors are clipped where outliers waste levels, and weights put
-    on the grid of a scale per tensor, as far as the budget allows. Simulated compilers judge on a part of the images;
-    with --labels a half of the labels, by content, has the last word, and the other half is scored. It takes minutes.
+    Channels get even sizes, which changes no output; tensors are clipped where outliers waste levels, cheap channels
+    written twice, half a step apart, and weights put on the grid of a scale per tensor, as far as the budget allows.
+    Simulated compilers judge on a part of the images; with --labels a half of the labels, by content, has the last
+    word, and the other half is scored. It takes minutes.
     """
     from calib_nb import api
     from calib_nb.core.errors import CheckFailed
@@ -275,7 +284,7 @@ def harden(
     default = 0.1 if labels is None else 0.002
     budget = default if budget is None else budget
     labelled = _labels(labels, task, None if labels is None else budget)
-    rare = {"form": form, "labels": labelled} | ({} if labels else {"budget": budget})
+    rare = {"form": form, "extra_macs": extra_macs, "labels": labelled} | ({} if labels else {"budget": budget})
     hard = api.harden(model, settings, output, weights=weights, images=files, **rare)
     steps = hard.steps.replace({"kept": {True: "yes", False: ""}, "exact": {True: "yes", False: ""}})
     typer.echo(text_table(steps.round({"float_db": 1, "noise": 4, "gain_db": 1})))
@@ -284,6 +293,7 @@ def harden(
     share = hard.measure.unit == "dB"
     own, most = (f"{n:.2g} of its signal" if share else hard.measure.text(n) for n in (hard.float_noise, budget))
     limit = "" if labels else f" (budget {most})"
+    limit += f"; {hard.added_macs:.0%} more multiply-accumulates" if hard.added_macs else ""
     typer.echo(f"{len(hard.clips)} clips; noise of the float file itself: {own}{limit}\nmodel: {hard.path}")
     judge = f"calib-nb compare --float {model} --hardened {hard.path} --config {config} --images OTHERS --toolchain ort"
     typer.echo(f"next: give it to the compiler in the place of {model.name}; a quantizer that judges it: {judge}")

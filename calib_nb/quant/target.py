@@ -37,6 +37,8 @@ class Profile:
         float_macs: Share (0..1) of the multiply-accumulates that it may keep in float.
         wide_nodes: Share (0..1) of the computing nodes that a recipe may give 16-bit activations where they hurt,
             before it keeps any in float; 0 for a target without them.
+        extra_macs: Multiply-accumulates that a recipe may add for copies of channels, 0 to 1, as a share of those that
+            are there; see `channel_copies.copy_channels`.
         float_where_faster: Whether nodes stay in float that integer kernels slow down, as far as shapes tell;
             see `units.faster_in_float`.
         host_ends: Whether the host may have a scale for each channel of the last layers, and what follows them without
@@ -64,6 +66,7 @@ class Profile:
     float_nodes: float = 1.0
     float_macs: float = 0.01
     wide_nodes: float = 0.0
+    extra_macs: float = 0.0
     float_where_faster: bool = False
     host_ends: bool = True
     avx2_safe: bool = False
@@ -74,7 +77,7 @@ class Profile:
         if self.activation_symmetric and not self.activation_signed:
             fix = "an unsigned grid cannot be symmetric around zero"
             raise InputError(f"{who}: symmetric unsigned activations", expected="signed ones", fix=fix)
-        shares = {name: getattr(self, name) for name in ("float_nodes", "float_macs", "wide_nodes")}
+        shares = {name: getattr(self, name) for name in ("float_nodes", "float_macs", "wide_nodes", "extra_macs")}
         if not all(0 <= share <= 1 for share in shares.values()):
             words = ", ".join(f"{name} {share}" for name, share in shares.items())
             raise InputError(f"{who}: {words}", expected="shares between 0 and 1")
@@ -131,8 +134,10 @@ PROFILES = {
             activation_symmetric=False,
             float_nodes=0.0,
             float_macs=0.0,
+            extra_macs=0.25,
             about="As per-tensor-npu, for a device that has no float: a recipe keeps no node in float, and every "
-            "multiply-accumulate is in INT8. The host reads the outputs, with a scale per channel where that helps.",
+            "multiply-accumulate is in INT8; up to a quarter more of them may come in for copies of channels. The host "
+            "reads the outputs, with a scale per channel and the mean of copies where that helps.",
         ),
         Profile(
             "ort-cpu",
