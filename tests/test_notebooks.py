@@ -73,7 +73,7 @@ LONG = {
     "quant/11_bias_clip.ipynb": "test_equalize.py",
     "quant/21_recipe.ipynb": "test_recipe.py",
     "quant/22_stability.ipynb": "test_coverage.py",
-    "quant/25_harden.ipynb": "test_harden.py",
+    "quant/26_harden.ipynb": "test_harden.py",
     "quant/19_distill.ipynb": "test_distill.py",
     "tags/08_train.ipynb": "test_tags_train.py",
     "tags/09_qat.ipynb": "test_tags_lsq.py",
