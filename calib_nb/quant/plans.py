@@ -281,16 +281,10 @@ def _equalized(search: PlanSearch, plan: Plan, balance: float | None) -> Plan | 
     return _changed(search, plan, rewrite(equalize(search.simple, search.inputs, **settings)))
 
 
-def _smoothed(search: PlanSearch, plan: Plan) -> Plan | None:
+def _around_norms(search: PlanSearch, plan: Plan, repair: Callable, count: int) -> Plan | None:
     if not any(n.op_type == "LayerNormalization" for n in plan.graph.nodes):
         return None
-    return _changed(search, plan, smooth(plan.graph, search.inputs, threads=search.threads))
-
-
-def _spread(search: PlanSearch, plan: Plan) -> Plan | None:
-    if not any(n.op_type == "LayerNormalization" for n in plan.graph.nodes):
-        return None
-    return _changed(search, plan, even_streams(plan.graph, search.inputs[:16], threads=search.threads))
+    return _changed(search, plan, repair(plan.graph, search.inputs[:count], threads=search.threads))
 
 
 def _absorbed(search: PlanSearch, plan: Plan) -> Plan | None:
@@ -366,9 +360,15 @@ def _changed(search: PlanSearch, plan: Plan, graph: Graph) -> Plan | None:
 
 REPAIRS = {  # by step and what is done, in words, what does it
     "equalize": {f"cross-layer equalization{words}": partial(_equalized, balance=b) for words, b in BALANCES.items()},
-    "smooth": {"channels behind LayerNormalization evened into the weights": _smoothed},
+    "smooth": {
+        "channels behind LayerNormalization evened into the weights": partial(
+            _around_norms, repair=smooth, count=_MOST
+        ),
+    },
     "spread": {
-        "huge channels spread in front of LayerNormalization, and divided where only layers read them": _spread,
+        "huge channels spread in front of LayerNormalization, and divided where only layers read them": partial(
+            _around_norms, repair=even_streams, count=16
+        ),
     },
     "absorb": {"what channels always exceed moved into the biases of their readers": _absorbed},
     "ends": {"a scale for each channel of the last layers, which the host has": _scaled},
