@@ -283,9 +283,8 @@ def test_a_detector_as_tagger_on_coco(real_data, tmp_path):
         "calibration_images": str(real_data / "coco/train"),
     }
     report = run_report("tags", given | {"profiles": "ort-cpu", "method": "minmax", "threads": 1}, root=tmp_path)
-    assert (
-        report.metrics["map"][0] > 55 and (report.metrics["drop"][1:] <= 1).all() and report.metrics.int8_share[1] > 0.9
-    )
+    assert report.metrics["map"][0] > 55 and (report.metrics["drop"][1:] <= 1).all()
+    assert report.metrics.int8_share[1] > 0.5  # this target keeps in float what integer kernels slow down
     scored, calibrated = listed_images(report.folder)
     assert scored and len(calibrated) == 100 and not scored & calibrated
     assert "Synthetic" not in report.page.read_text(encoding="utf-8")

@@ -243,7 +243,7 @@ _COPIES = 0.8  # of the work that may come in; the rest is for channels that hol
 
 def _copied(search: _Hardening, plan: _Plan) -> Graph | None:
     share, steps = _COPIES * search.options.extra_macs, ranges(plan.stats, "minmax")
-    copied = copy_channels(plan.graph, steps, BOXES[0].profile, share=share) if share else None
+    copied = copy_channels(plan.graph, steps, search.boxes[0].profile, share=share) if share else None
     return copied.graph if copied and copied.copies else None
 
 
