@@ -309,7 +309,7 @@ def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
     else:
         plans = [best for plan in beam if (best := _best_way(search, plan, step)) is not None]
     admitted = [plan for plan in plans if search.admits(plan)]
-    # what serves any plan takes the place of its own, so that others stay in the beam
+    # what serves any plan takes that plan's place, so that others stay in the beam
     better = [plan.on for plan in admitted if step in ("copies", "hold") and plan.mean() < plan.on.mean()]
     found = sorted([*(plan for plan in beam if plan not in better), *admitted], key=lambda plan: plan.mean())
     # both ways to equalize start from the given file
