@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passing import passing_network
 
 from calib_nb.analysis.diagnose import diagnose_model
 from calib_nb.analysis.match import match_models
@@ -100,25 +101,10 @@ def test_float_outputs_stay_and_the_int8_form_gets_finer(name, opset):
 
 def test_what_passes_channels_on_is_copied_with_them():
     rng = np.random.default_rng(0)
-    text = """
-        c = Conv (x, w)
-        p = PRelu (c, slope)
-        m = Max (p, floor)
-        n = Min (m, top)
-        r = Resize <mode = "nearest"> (n, , , sizes)
-        d = Conv <group = 6, pads = [1, 1, 1, 1]> (r, v, vb)
-        f = Reshape (d, flat)
-        y = Gemm <transB = 1> (f, u)
-    """
-    weights = {"w": rng.normal(size=(6, 3, 1, 1)), "v": rng.normal(size=(6, 1, 3, 3)), "vb": rng.normal(size=6)}
-    weights |= {"u": rng.normal(size=(4, 6 * 64)), "slope": rng.uniform(0.1, 0.3, (6, 1, 1))}
-    weights |= {"floor": rng.uniform(-3, -2, (1, 6, 1, 1)), "top": rng.uniform(2, 3, (1, 6, 1, 1))}
-    weights = {name: value.astype(np.float32) for name, value in weights.items()}
-    whole = {"sizes": np.array([1, 6, 8, 8]), "flat": np.array([1, 6 * 64])}
-    graph = network(text.replace("\n        ", "\n"), inputs={"x": (1, 3, 4, 4)}, **weights, **whole)
+    graph = passing_network(rng)
     none = pd.DataFrame({"low": [], "high": []})
     copied = copy_channels(graph, none, TARGET, share=9)
-    assert copied.copies == dict.fromkeys(["c", "p", "m", "n", "r", "d", "f"], 2) and copied.host_nodes == ()
+    assert copied.copies == dict.fromkeys(["c", "p", "m", "n", "r", "d", "k", "f"], 2) and copied.host_nodes == ()
     shapes = {name: copied.graph.shape(name) for name in ("c", "r", "f")}
     assert shapes == {"c": (1, 12, 4, 4), "r": (1, 12, 8, 8), "f": (1, 12 * 64)}
     for _ in range(5):

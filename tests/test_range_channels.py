@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passing import passing_network
 
-from calib_nb.graph.build import conv, depthwise, linear, network, op, residual, sequential
+from calib_nb.graph.build import conv, depthwise, linear, op, residual, sequential
 from calib_nb.graph.layers import macs
 from calib_nb.graph.model import load_graph, run
 from calib_nb.graph.simplify import simplify
@@ -82,23 +83,7 @@ def test_averages_of_all_images_are_those_of_the_largest():
 
 def test_what_cuts_and_bends_is_passed_as_it_is():
     rng = np.random.default_rng(0)
-    text = """
-        c = Conv (x, w)
-        p = PRelu (c, slope)
-        m = Max (p, floor)
-        n = Min (m, top)
-        r = Resize <mode = "nearest"> (n, , , sizes)
-        d = Conv <group = 6, pads = [1, 1, 1, 1]> (r, v, vb)
-        k = Clip (d, low, high)
-        f = Reshape (k, flat)
-        y = Gemm <transB = 1> (f, u)
-    """
-    weights = {"w": rng.normal(size=(6, 3, 1, 1)), "v": rng.normal(size=(6, 1, 3, 3)), "vb": rng.normal(size=6)}
-    weights |= {"u": rng.normal(size=(4, 6 * 64)), "slope": rng.uniform(0.1, 0.3, (6, 1, 1)), "low": -1.0, "high": 2.0}
-    weights |= {"floor": rng.uniform(-3, -2, (1, 6, 1, 1)), "top": rng.uniform(2, 3, (1, 6, 1, 1))}
-    weights = {name: np.float32(value) for name, value in weights.items()}
-    whole = {"sizes": np.array([1, 6, 8, 8]), "flat": np.array([1, 6 * 64])}
-    graph = network(text.replace("\n        ", "\n"), inputs={"x": (1, 3, 4, 4)}, **weights, **whole)
+    graph = passing_network(rng)
     ends = {"c": (-4.0, 2.5), "n": (-0.5, 2.5), "d": (-6.0, 9.0), "k": (-1.0, 2.0)}
     table = pd.DataFrame(ends, index=["low", "high"]).T
     held = hold_ranges(graph, table, share=9)

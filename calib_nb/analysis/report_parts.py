@@ -149,7 +149,7 @@ def model_facts(model: str | Path, int8: QuantizedModel, chain: Preprocess) -> d
         "preprocessing": chain_words(chain),
         "target": target_words,
         "in integers" if others else "in INT8": f"{int8.int8_share:.1%} of the multiply-accumulates{others}; {kept}"
-        + (f"; {more:.0%} more work than in float, for channels in copies" if more else ""),
+        + (f"; {more:.1%} more work than in float" if more else ""),
         "INT8 model": f"{int8.path.name}: {int8.size_mb:.3g} MB, "
         f"{int8.size_mb / int8.float_size_mb:.0%} of the float file",
     }

@@ -128,7 +128,7 @@ def quantize(
     written, measure = int8.model, int8.model.measure
     measured = measure.text(written.noise)
     nodes = f", {written.wide_tensors} tensors in 16 bits" if written.wide_tensors else ""
-    nodes += f", {written.added_macs:.0%} more of them than in float" if written.added_macs else ""
+    nodes += f", {written.added_macs:.1%} more of them than in float" if written.added_macs else ""
     nodes += f", {len(written.float_nodes)} nodes kept in float" if written.float_nodes else ""
     typer.echo(
         f"{written.int8_share:.1%} of multiply-accumulates in INT8{nodes}\n"
@@ -253,7 +253,7 @@ def harden(
         float,
         typer.Option(
             min=0,
-            help="Work that may come in for channels in copies, as a share of the multiply-accumulates that are there.",
+            help="Work that may come in for channels in copies or that hold ranges, as a share of what is there.",
         ),
     ] = 0.25,
     form: Annotated[
@@ -293,7 +293,7 @@ def harden(
     share = hard.measure.unit == "dB"
     own, most = (f"{n:.2g} of its signal" if share else hard.measure.text(n) for n in (hard.float_noise, budget))
     limit = "" if labels else f" (budget {most})"
-    limit += f"; {hard.added_macs:.0%} more multiply-accumulates" if hard.added_macs else ""
+    limit += f"; {hard.added_macs:.1%} more multiply-accumulates" if hard.added_macs else ""
     typer.echo(f"{len(hard.clips)} clips; noise of the float file itself: {own}{limit}\nmodel: {hard.path}")
     judge = f"calib-nb compare --float {model} --hardened {hard.path} --config {config} --images OTHERS --toolchain ort"
     typer.echo(f"next: give it to the compiler in the place of {model.name}; a quantizer that judges it: {judge}")

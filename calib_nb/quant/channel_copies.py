@@ -103,6 +103,14 @@ def copy_units(graph: Graph, ends: Sequence[Layer] = ()) -> list[CopyUnit]:
     return [*found, *alone]
 
 # %% ../../nbs/quant/16_channel_copies.ipynb #chosen-code
+def _work(table: pd.Series, listed: Sequence[Layer], widths: dict[str, float]) -> int:
+    work = float(table.sum())
+    for layer in listed:
+        read = widths.get(layer.node.input[0], 1) if layer.groups == 1 else 1
+        work += float(table[layer.node.output[0]]) * (widths.get(layer.output, 1) * read - 1)
+    return round(work)
+
+
 def widened_macs(graph: Graph, widths: dict[str, float]) -> int:
     """Multiply-accumulates of a graph, some of whose tensors have more channels.
 
@@ -113,12 +121,7 @@ def widened_macs(graph: Graph, widths: dict[str, float]) -> int:
     Returns:
         Multiply-accumulates of one run.
     """
-    table = macs(graph).set_index("output").macs
-    work = float(table.sum())
-    for layer in layers(graph):
-        read = widths.get(layer.node.input[0], 1) if layer.groups == 1 else 1
-        work += float(table[layer.node.output[0]]) * (widths.get(layer.output, 1) * read - 1)
-    return round(work)
+    return _work(macs(graph).set_index("output").macs, layers(graph), widths)
 
 
 def affordable(graph: Graph, widths: Sequence[dict[str, float]], share: float) -> list[int]:
@@ -132,10 +135,11 @@ def affordable(graph: Graph, widths: Sequence[dict[str, float]], share: float) -
     Returns:
         Places in `widths`.
     """
-    cost = [widened_macs(graph, one) for one in widths]
-    limit, chosen, taken = widened_macs(graph, {}) * (1 + share), [], {}
+    known = macs(graph).set_index("output").macs, layers(graph)
+    cost = [_work(*known, one) for one in widths]
+    limit, chosen, taken = _work(*known, {}) * (1 + share), [], {}
     for k in np.argsort(cost, kind="stable"):
-        if widened_macs(graph, taken | widths[k]) <= limit:
+        if _work(*known, taken | widths[k]) <= limit:
             chosen.append(int(k))
             taken |= widths[k]
     return chosen

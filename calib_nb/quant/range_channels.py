@@ -34,11 +34,10 @@ class _Constants:
         """What a node cuts values to, for a channel that comes in."""
         if node.op_type == "Clip":
             return clip_bounds(self.graph, node)
-        ends = {"Relu": (0.0, np.inf)}.get(node.op_type, (-np.inf, np.inf))
-        bound = next((self.graph.constant(i) for i in node.input if i in self.graph.constants), None)
-        if node.op_type == "Min":
-            return -np.inf, float(bound.max())
-        return (float(bound.min()), np.inf) if node.op_type == "Max" else ends
+        if node.op_type in ("Min", "Max"):
+            bound = next(self.graph.constant(i) for i in node.input if i in self.graph.constants)
+            return (-np.inf, float(bound.max())) if node.op_type == "Min" else (float(bound.min()), np.inf)
+        return (0.0 if node.op_type == "Relu" else -np.inf), np.inf
 
     def slope(self, node) -> float:
         """What a node multiplies values below zero by, for a channel that comes in."""
@@ -182,9 +181,9 @@ def hold_ranges(graph: Graph, ranges: pd.DataFrame, *, share: float) -> HeldGrap
     new = graph.copy()
     units = copy_units(new)
     found = [held_channels(new, unit, ranges) for unit in units]
-    sizes = [next((group.channels for group in unit.groups), 1) for unit in units]
     widths = [
-        dict.fromkeys(unit.tensors, 1 + len(channels) / size) for unit, (channels, _), size in zip(units, found, sizes)
+        dict.fromkeys(unit.tensors, 1 + len(channels) / unit.groups[0].channels)
+        for unit, (channels, _) in zip(units, found)
     ]
     chosen = [k for k in affordable(new, widths, share) if found[k][0]]
     before, after = widened_macs(new, {}), widened_macs(new, {k: v for n in chosen for k, v in widths[n].items()})
