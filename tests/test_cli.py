@@ -177,6 +177,33 @@ def test_ctrl_c_and_kill_leave_no_half_set_and_the_run_goes_on(tmp_path):
     assert not (tmp_path / ".set.partial").exists()
 
 
+# What a command meets where Ctrl-C comes at an unlucky moment.
+UNLUCKY = {
+    "a thread waits for a lock that is never given back": "threading.Thread(target=waits).start(); waits()",
+    "the error is lost in a callback": "\n    with contextlib.suppress(KeyboardInterrupt): waits()\n    waits()",
+    "the error passes an exec, as of a dataclass": "exec('waits()', globals())",
+    "the error becomes another": "\n    try: waits()\n    except KeyboardInterrupt: raise RuntimeError('unlocked')",
+}
+
+
+@pytest.mark.parametrize("what", UNLUCKY)
+def test_ctrl_c_ends_the_process_whatever_it_meets(what, tmp_path):
+    (tmp_path / "command.py").write_text(
+        "import contextlib, sys, threading, calib_nb.cli as cli\n"
+        "def waits(): print('waits', flush=True), threading.Event().wait()\n"
+        f"def app(**_): {UNLUCKY[what]}\n"
+        "cli.app, cli.INTERRUPT_SECONDS, sys.argv = app, 1, ['calib-nb', 'prepare']\n"
+        "sys.exit(cli.main())"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-m", "command"], cwd=tmp_path, text=True, **pipes)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "calib-nb: interrupted; the same command goes on where this one stopped\n"
+
+
 def _steps(config: dict) -> list:
     return config["default_loader"]["preprocessings"]
 
