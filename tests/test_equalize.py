@@ -16,7 +16,15 @@ from calib_nb.graph.model import load_graph, run
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.adaround import RoundingOptions, adaround
 from calib_nb.quant.bias_clip import absorb_bias, bound_ranges, clip_ranges, correct_bias
-from calib_nb.quant.equalize import balanced_factors, channel_groups, equal_factors, equalize, rescale
+from calib_nb.quant.equalize import (
+    balanced_factors,
+    channel_groups,
+    equal_factors,
+    equalize,
+    mirror_channels,
+    mirror_signs,
+    rescale,
+)
 from calib_nb.quant.stats import collect
 from calib_nb.quant.weights import (
     channel_statistics,
@@ -337,6 +345,75 @@ def test_any_positive_factors_are_exact(seed):
         group = channel_groups(other)[k]
         rescale(other, group, sizes(rng, group.channels, 2))
     assert agrees(graph, other)
+
+
+def width(ends, signs):
+    low, high = (np.where(signs < 0, -end, other) for end, other in (ends[::-1], ends))
+    return max(high.max(), 0) - min(low.min(), 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 7))
+def test_no_other_signs_make_one_tensor_narrower(seed, n):
+    rng = np.random.default_rng(seed)
+    ends = np.sort(rng.normal(0, 1, (2, n)) * sizes(rng, n, 1), axis=0)
+    signs = mirror_signs([tuple(ends)])
+    every = np.array(np.meshgrid(*[[-1, 1]] * n)).reshape(n, -1).T
+    assert set(signs) <= {-1, 1} and width(ends, signs) <= min(width(ends, other) for other in every) * (1 + 1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(2, 4))
+def test_tensors_that_share_their_signs_are_no_wider_together(seed, count):
+    rng = np.random.default_rng(seed)
+    several = [tuple(np.sort(rng.normal(0, 1, (2, 5)), axis=0)) for _ in range(count)]
+    signs = mirror_signs(several)
+    narrower = [width(ends, signs) / width(ends, np.ones(5)) for ends in several]
+    assert np.prod(narrower) <= 1 + 1e-12
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(sorted(ACTIVATIONS))), min_size=2, max_size=5),
+    st.sampled_from(["conv", "flat", "pooled"]),
+)
+def test_mirrored_networks_compute_the_same_and_no_range_grows_alone(seed, kinds, end):
+    graph = random_chain(seed, kinds, end)
+    images = noise(graph, 2)
+    turned = mirror_channels(graph, images)
+    assert agrees(graph, turned, [images[0], 10 * images[0]])
+    assert [n.op_type for n in turned.nodes] == [n.op_type for n in graph.nodes]
+    onnx.checker.check_model(turned.model, full_check=True)
+    assert change(turned, mirror_channels(turned, images), images[:1]) == 0  # nothing is left to turn
+
+
+@pytest.mark.parametrize("middle", ["Relu", "LeakyRelu <alpha = 0.1>", "Clip", "GlobalMaxPool", "none"])
+def test_only_linear_tensors_are_mirrored(middle):
+    rng = np.random.default_rng(0)
+    push = np.where(np.arange(8) % 2, 3.0, -3.0)
+    constants = {"w1": rng.normal(0, 0.3, (8, 3, 1, 1)), "w2": rng.normal(0, 1, (8, 1, 3, 3)), "push": push}
+    name, _, rest = middle.partition(" ")
+    between = "a = Identity (c)" if middle == "none" else f"a = {name} {rest} (c)"
+    text = f"c = Conv (x, w1, push); {between}; y = Conv <group = 8, pads = [1, 1, 1, 1]> (a, w2)"
+    graph = simplify(network(text, **constants))
+    images = noise(graph, 4)
+    turned = mirror_channels(graph, images)
+    bias = get_bias(turned, layers(turned)[0])
+    assert np.array_equal(bias, np.abs(push) if middle == "none" else push)
+    assert change(graph, turned, images) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mirrored_real_models_compute_the_same(real_data, name):
+    graph = simplify(load_graph(real_data / "models" / f"{name}.onnx"))
+    images = [100 * abs(x) if "yunet" in name else x for x in noise(graph, 1)]
+    turned = mirror_channels(graph, images)
+    assert change(graph, turned, images) <= max(10 * float32_error(graph, images, copies=2), 1e-6)
+    if "yunet" in name:  # a pointwise layer stands in front of every depthwise one
+        before, after = (channel_statistics(g, [k.output for k in layers(g)], images) for g in (graph, turned))
+        ratio = [np.ptp(after[k][["min", "max"]]) / np.ptp(before[k][["min", "max"]]) for k in before]
+        assert max(ratio) < 1 + 1e-5 and sum(r < 0.95 for r in ratio) >= 15
 
 
 def mobile(seed=0, blocks=3, width=16, decades=2.5):

@@ -8,12 +8,12 @@ __all__ = ['copy_shifts', 'CopyUnit', 'copy_units', 'widened_macs', 'affordable'
 
 # %% ../../nbs/quant/16_channel_copies.ipynb #cell-2
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from ..graph.layers import Layer, get_bias, get_weight, layers, macs, set_bias, set_weight
+from ..graph.layers import Layer, get_bias, get_weight, layers, macs, set_bias, set_weight, with_groups
 from ..graph.model import Graph
 from .equalize import ChannelGroup, channel_groups
 from .grid import activation_grid
@@ -206,9 +206,7 @@ class _Copying:
         if layer.groups > 1:  # each copy passes by itself
             copied = copied_weight(weight, scale, 1, len(writes))
             moved = reads[:, None] * copied.reshape(len(writes), len(weight), -1).sum(2)
-            groups = next(a for a in layer.node.attribute if a.name == "group")
-            groups.i *= len(writes)
-            layer = replace(layer, groups=groups.i)
+            layer = with_groups(layer, layer.groups * len(writes))
         else:
             copied = copied_weight(weight, scale, len(reads), len(writes))
             sums = copied.reshape(len(writes), len(weight), len(reads), -1).sum(3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BALANCES', 'ChannelGroup', 'channel_groups', 'equal_factors', 'balanced_factors', 'clip_bounds', 'rescale',
-           'equalize']
+           'equalize', 'mirror_signs', 'mirror_channels']
 
 # %% ../../nbs/quant/08_equalize.ipynb #cell-2
 from collections.abc import Iterator, Sequence
@@ -295,7 +295,7 @@ def rescale(graph: Graph, group: ChannelGroup, factors: np.ndarray) -> None:
     Args:
         graph: The graph that the group was listed from.
         group: One of `channel_groups`.
-        factors: Positive, float64 [channels].
+        factors: Positive, float64 [channels]; of any sign where all between the layers is linear.
 
     Source: Nagel et al. 2019, section 4.1.
     """
@@ -414,4 +414,52 @@ def equalize(
             break
     for group, factors in zip(groups, state.total):
         rescale(new, group, factors)
+    return new.infer()
+
+# %% ../../nbs/quant/08_equalize.ipynb #mirror-code
+_BENT = {"Relu", "LeakyRelu", "PRelu", "Clip", "Min", "Max", "MaxPool", "GlobalMaxPool"}  # f(-x) is not -f(x)
+
+
+def mirror_signs(ends: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The signs with which channels reach to the same side.
+
+    Args:
+        ends: Least and largest value of each channel, float [channels], in every tensor that has them.
+
+    Returns:
+        1 or -1, float64 [channels]; all 1 where the tensors come out no narrower, by the product of their widths.
+    """
+    ends = [(np.minimum(low, 0), np.maximum(high, 0)) for low, high in ends]
+    widths = [max(high.max() - low.min(), 1e-300) for low, high in ends]
+    lean = sum((low + high) / width for (low, high), width in zip(ends, widths))
+    signs = np.where(lean < 0, -1.0, 1.0)
+    turned = [(np.where(signs < 0, -high, low).min(), np.where(signs < 0, -low, high).max()) for low, high in ends]
+    narrower = np.prod([(high - low) / width for (low, high), width in zip(turned, widths)]) < 1
+    return signs if narrower else np.ones(len(signs))
+
+
+def mirror_channels(graph: Graph, images: Sequence[np.ndarray]) -> Graph:
+    """Turn channels around that reach to the lower side, where all between the layers is linear.
+
+    Args:
+        graph: A float graph; it is not changed.
+        images: Inputs, float32 [1,C,H,W], which show the ranges.
+
+    Returns:
+        A copy with the same float outputs.
+
+    Raises:
+        InputError: There are no images.
+    """
+    new = graph.copy()
+    stored = set(activations(new))  # what has a range
+    bent = {name for n in new.nodes if n.op_type in _BENT for name in n.input}
+    groups = [g for g in channel_groups(new) if bent.isdisjoint(g.tensors)]
+    names = [[k for k, repeat in g.tensors.items() if repeat == 1 and k in stored] for g in groups]
+    last = [k for g in groups if g.last for k in g.tensors]
+    tables = channel_statistics(new, [k for some in names for k in some], images, last=last)
+    for group, some in zip(groups, names):
+        ends = [(tables[k]["min"].to_numpy(), tables[k]["max"].to_numpy()) for k in some]
+        if ends and (signs := mirror_signs(ends)).min() < 0:
+            rescale(new, group, signs)
     return new.infer()

@@ -25,8 +25,8 @@ from ..graph.model import Graph, load_graph
 from .bias_clip import absorb_bias, correct_bias
 from .black_boxes import BOXES, GRANULARITIES, box_parts, boxes_for, simulate
 from .channel_copies import copy_channels
-from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips
-from .equalize import BALANCES, equalize
+from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips, output_clips, written_in_full
+from .equalize import BALANCES, equalize, mirror_channels
 from .mixed import even_streams
 from .observe import network_input
 from calib_nb.quant.quantize import (
@@ -47,6 +47,7 @@ from calib_nb.quant.sensitivity import (
     as_measure,
     noise_ratio,
     noise_shares,
+    output_limits,
     outputs_of,
     preferred,
     smooth,
@@ -59,11 +60,13 @@ from .weights import quantize_weights
 HARDENING = {
     "equalize": ("cross-layer equalization", True),
     "even": ("activations evened where no weight grid suffers", True),
+    "mirror": ("channels turned around to reach to one side", True),
     "smooth": ("channels behind LayerNormalization evened into the weights", True),
     "spread": ("huge channels spread in front of LayerNormalization, and divided where only layers read them", True),
     "absorb": ("what channels always exceed moved into the biases of their readers", False),
     "copies": ("channels in copies, half a step apart", False),
     "round": ("weights on the grid of a scale per tensor", False),
+    "outputs": ("outputs cut to the values that count", False),
     "clips": ("tensors cut", False),
     "hold": ("channels that hold the ends of ranges", True),
 }
@@ -166,6 +169,7 @@ class _Hardening:
         )
         self.reference = outputs_of(given, self.tuning, threads=options.threads)
         self.by = as_measure(options.noise).on(self.reference)
+        self.limits = output_limits(self.by, given, self.inputs, threads=options.threads)
         self.boxes = boxes_for(options.weights)
         self.simple = plain_graph(given, BOXES[0].profile)
         self.first = self.measured(rewrite(self.simple), "given", "simplified and rewritten", True)
@@ -234,8 +238,8 @@ def _around_norms(search: _Hardening, plan: _Plan, repair: Callable, count: int)
     return repair(plan.graph, search.inputs[:count], threads=search.options.threads)
 
 
-def _absorbed(search: _Hardening, plan: _Plan) -> Graph | None:
-    return absorb_bias(plan.graph, search.inputs)
+def _repaired(search: _Hardening, plan: _Plan, repair: Callable) -> Graph | None:
+    return repair(plan.graph, search.inputs)
 
 
 _COPIES = 0.8  # of the work that may come in; the rest is for channels that hold ranges
@@ -266,51 +270,56 @@ _ROUNDINGS = {", biases corrected for it": _rounded, ", one makes up for the err
 _MAKERS = {  # by step and what its way adds to the words of the step, what does it
     "equalize": {words: partial(_equalized, balance=b) for words, b in BALANCES.items()},
     "even": {"": _evened},
+    "mirror": {"": partial(_repaired, repair=mirror_channels)},
     "smooth": {"": partial(_around_norms, repair=smooth, count=_MOST)},
     "spread": {"": partial(_around_norms, repair=even_streams, count=_JUDGES)},
-    "absorb": {"": _absorbed},
+    "absorb": {"": partial(_repaired, repair=absorb_bias)},
     "copies": {"": _copied},
     "round": {words: partial(_on_grid, way=way) for words, way in _ROUNDINGS.items()},
     "hold": {"": _held},
 }
 
 
+def _cut(search: _Hardening, plan: _Plan, step: str, clips: pd.DataFrame, detail: str) -> _Plan | None:
+    """A plan with clips behind those that it has; None where there are none."""
+    if clips.empty:
+        return None
+    whole = written_in_full(plan.graph, clips.index)
+    graph, all_ = insert_clips(whole, clips, form=search.options.form), pd.concat([plan.cut, clips])
+    return search.measured(graph, step, detail, False, plan, all_[~all_.index.duplicated(keep="last")])
+
+
+def _with_outputs(search: _Hardening, plan: _Plan) -> _Plan | None:
+    clips = output_clips(plan.graph, ranges(plan.stats, "minmax"), search.limits)
+    return _cut(search, plan, "outputs", clips, f"{len(clips)} outputs cut to the values that count")
+
+
 def _with_clips(search: _Hardening, plan: _Plan) -> _Plan | None:
     """A plan with clips that suit it, chosen on calibration images, so that others judge; None where none help."""
-    options = search.options
-    inputs = search.inputs[:_JUDGES]
+    options, inputs = search.options, search.inputs[:_JUDGES]
+    same = {name: getattr(options, name) for name in ("weights", "runs", "threads", "progress")}
+    tables = {method: ranges(plan.stats, method) for method in RANGE_METHODS}
+    wanted = outputs_of(search.simple, inputs, threads=options.threads)
     chosen = choose_clips(
-        plan.graph,
-        {method: ranges(plan.stats, method) for method in RANGE_METHODS},
-        inputs,
-        outputs_of(search.simple, inputs, threads=options.threads),
-        ClipOptions(
-            weights=options.weights,
-            limit=options.budget,
-            noise=search.by,
-            runs=options.runs,
-            threads=options.threads,
-            progress=options.progress,
-        ),
+        plan.graph, tables, inputs, wanted, ClipOptions(limit=options.budget, noise=search.by, **same)
     )
-    if chosen.table.empty:
-        return None
-    graph = insert_clips(plan.graph, chosen.table, form=options.form)
-    detail = f"{len(chosen.table)} of {chosen.candidates} tensors cut"
-    return search.measured(graph, "clips", detail, False, plan, chosen.table)
+    return _cut(search, plan, "clips", chosen.table, f"{len(chosen.table)} of {chosen.candidates} tensors cut")
+
+
+_CUTS = {"outputs": _with_outputs, "clips": _with_clips}
 
 
 def _tried(search: _Hardening, beam: list[_Plan], step: str) -> list[_Plan]:
     """The best of some plans and of what a step makes of each, the least noisy first; older ones if equal."""
-    if step == "clips":
-        cut = _with_clips(search, beam[0])
-        # the best of thousands of choices: images that did not choose must see a gain beyond its error
+    if step in _CUTS:
+        cut = _CUTS[step](search, beam[0])
+        # of clips the best of thousands of choices: images that did not choose must see a gain beyond its error
         plans = [cut] if cut and cut.parts.surely_below(beam[0].parts, search.by.errors) else []
     else:
         plans = [best for plan in beam if (best := _best_way(search, plan, step)) is not None]
     admitted = [plan for plan in plans if search.admits(plan)]
     # what serves any plan takes that plan's place, so that others stay in the beam
-    better = [plan.on for plan in admitted if step in ("copies", "hold") and plan.mean() < plan.on.mean()]
+    better = [plan.on for plan in admitted if step in ("mirror", "copies", "hold") and plan.mean() < plan.on.mean()]
     found = sorted([*(plan for plan in beam if plan not in better), *admitted], key=lambda plan: plan.mean())
     # both ways to equalize start from the given file
     stays = [search.first] if step == "equalize" and search.first not in found[: search.options.width] else []

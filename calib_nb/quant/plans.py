@@ -17,13 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
-from ..graph.layers import aliases, get_weight, layers, set_weight
+from ..graph.layers import get_weight, layers, set_weight
 from ..graph.linear import rewrite
 from ..graph.model import Graph, load_graph
 from .adaround import adaround
 from .bias_clip import absorb_bias, clip_ranges, correct_bias
 from .channel_copies import copy_channels
-from .equalize import BALANCES, equalize
+from .equalize import BALANCES, equalize, mirror_channels
 from .mixed import even_streams, scale_outputs
 from .observe import network_input
 from calib_nb.quant.quantize import (
@@ -43,8 +43,8 @@ from calib_nb.quant.sensitivity import (
     NoiseMeasure,
     NoiseParts,
     as_measure,
-    counted_ranges,
-    measured_outputs,
+    limited_ranges,
+    output_limits,
     outputs_of,
     sensitivity,
     smooth,
@@ -96,15 +96,8 @@ class Plan:
         return self._limited(clip_ranges(table, self.stats) if self.clip else table)
 
     def _limited(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Ranges cut to the limits of outputs that nothing else in the graph reads."""
-        same, cut = aliases(self.graph), table.copy()
-        for name, (low, high) in self.limits.items():
-            tensor = same.get(name, name)
-            names = {tensor, *(other for other, source in same.items() if source == tensor)}
-            readers = [n for one in names for n in self.graph.consumers(one) if n.output[0] not in names]
-            if tensor in cut.index and not readers:
-                cut.loc[tensor, ["low", "high"]] = max(cut.low[tensor], low), min(cut.high[tensor], high)
-        return cut
+        """Ranges cut to the limits."""
+        return limited_ranges(self.graph, table, self.limits)
 
     def ranges(self) -> pd.DataFrame:
         """Columns low and high per tensor, as they are written."""
@@ -198,10 +191,7 @@ class PlanSearch:
         self.by = as_measure(self.options.noise).on(self.reference)
         self.goal = self.options.goal_of(self.by)
         self.errors = self.by.errors if self.options.errors is None else self.options.errors
-        counted = (
-            counted_ranges(self.by, outputs_of(given, self.inputs, threads=self.threads)) if self.by.counted else {}
-        )
-        self.limits = {measured_outputs(given)[k]: ends for k, ends in counted.items()}
+        self.limits = output_limits(self.by, given, self.inputs, threads=self.threads)
         self.how = {"noise": self.by, "threads": self.threads, "progress": self.progress}
         self.simple = plain_graph(given, self.target)
         device = rewrite(self.simple)
@@ -279,6 +269,10 @@ def _equalized(search: PlanSearch, plan: Plan, balance: float | None) -> Plan | 
     if balance == 1 and search.target.weight_per_channel:
         return None  # what writes a channel does not count there, so that is what the larger one of the others gives
     return _changed(search, plan, rewrite(equalize(search.simple, search.inputs, **settings)))
+
+
+def _mirrored(search: PlanSearch, plan: Plan) -> Plan | None:
+    return _changed(search, plan, mirror_channels(plan.graph, search.inputs))
 
 
 def _around_norms(search: PlanSearch, plan: Plan, repair: Callable, count: int) -> Plan | None:
@@ -360,6 +354,7 @@ def _changed(search: PlanSearch, plan: Plan, graph: Graph) -> Plan | None:
 
 REPAIRS = {  # by step and what is done, in words, what does it
     "equalize": {f"cross-layer equalization{words}": partial(_equalized, balance=b) for words, b in BALANCES.items()},
+    "mirror": {"channels turned around to reach to one side": _mirrored},
     "smooth": {
         "channels behind LayerNormalization evened into the weights": partial(
             _around_norms, repair=smooth, count=_MOST
@@ -382,13 +377,16 @@ REPAIRS = {  # by step and what is done, in words, what does it
 def repaired_plans(search: PlanSearch, beam: list[TriedPlan], step: str) -> list[TriedPlan]:
     """The least noisy of some plans and of what a repair makes of each, the least noisy first; older ones if equal.
 
-    Where there are several ways to repair a plan, the best of them stands for all, so that others stay in the beam.
+    Where there are several ways to repair a plan, the best of them stands for all, so that others stay in the beam, and
+    where a repair serves any plan, it takes the plan's place.
     """
     found = list(beam)
     for on in beam:
         ways = [(detail, repair(search, on.plan)) for detail, repair in REPAIRS[step].items()]
         tried = [search.measure(plan, step, detail, on) for detail, plan in ways if plan is not None]
         found += sorted(tried, key=lambda one: one.noise)[:1]
+        if step == "mirror" and found[-1].noise < on.noise:
+            found.remove(on)
     return sorted(found, key=lambda one: one.noise)[: search.options.width]
 
 # %% ../../nbs/quant/20_plans.ipynb #cell-19

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..graph.layers import Layer, get_bias, get_weight, set_bias, set_weight
+from ..graph.layers import Layer, get_bias, get_weight, set_bias, set_weight, with_groups
 from ..graph.model import Graph, attribute
 from .channel_copies import CopyUnit, affordable, copy_units, widen_passing, widened_macs
 from .equalize import clip_bounds
@@ -135,9 +135,7 @@ def _write(graph: Graph, layer: Layer, constants: list[float]) -> None:
     """Let a layer write a constant in some channels more, in place."""
     weight, bias, more = get_weight(graph, layer), get_bias(graph, layer), len(constants)
     if layer.groups > 1:
-        groups = next(a for a in layer.node.attribute if a.name == "group")
-        groups.i += more
-        layer = Layer(layer.node, groups.i, layer.adder)
+        layer = with_groups(layer, layer.groups + more)
     set_weight(graph, layer, np.concatenate([weight, np.zeros((more, *weight.shape[1:]))]))
     set_bias(graph, layer, np.concatenate([bias, constants]))
 

@@ -82,7 +82,7 @@ def shown_steps(steps: pd.DataFrame, measure: NoiseMeasure) -> pd.DataFrame:
     return table if measure.unit == "dB" else table.drop(columns=["gain_db", "error_db"])
 
 # %% ../../nbs/quant/21_recipe.ipynb #cell-11
-STEPS = ("equalize", "smooth", "spread", "absorb", "ends", "copies", "round", "adaround", "bias")
+STEPS = ("equalize", "mirror", "smooth", "spread", "absorb", "ends", "copies", "round", "adaround", "bias")
 STEPS += ("outputs", "wide_nodes", "float_nodes", "methods", "clip", "ranges", "weights", "distill")
 RECIPES = {"auto": tuple(step for step in STEPS if step != "adaround"), "thorough": STEPS, "all": ("methods",)}
 

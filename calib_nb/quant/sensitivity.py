@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Outputs', 'noise_shares', 'NoiseParts', 'NoiseMeasure', 'counted_ranges', 'as_measure', 'noise_ratio',
-           'measured_outputs', 'outputs_of', 'Judge', 'preferred', 'sensitivity', 'linear_readers', 'smooth']
+           'measured_outputs', 'outputs_of', 'output_limits', 'limited_ranges', 'Judge', 'preferred', 'sensitivity',
+           'linear_readers', 'smooth']
 
 # %% ../../nbs/quant/14_sensitivity.ipynb #cell-2
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, ModelError
 from ..core.parallel import bar_switch
 from ..core.similarity import decibels
-from ..graph.layers import Layer, get_weight, layers, macs, set_weight
+from ..graph.layers import Layer, aliases, get_weight, layers, macs, set_weight
 from ..graph.model import Graph, attribute, open_graph
 from .target import Profile
 from .units import computing, int8_operators
@@ -152,7 +153,7 @@ def counted_ranges(
     Args:
         measure: Says which values count.
         reference: Outputs of the float network.
-        margin: How much wider a range is than the values, at least 1.
+        margin: How much wider a range is than that of the values, at least 1; by as much at either end.
         least: Of how many inputs at least; of an output with fewer too little is known.
 
     Returns:
@@ -164,7 +165,9 @@ def counted_ranges(
             if mask is not None and mask.any():
                 kept.setdefault(k, [np.zeros(1)]).append(values[mask])
     known = {k: np.concatenate(parts) for k, parts in kept.items() if len(parts) > least}
-    return {k: (margin * float(values.min()), margin * float(values.max())) for k, values in known.items()}
+    ends = {k: (float(values.min()), float(values.max())) for k, values in known.items()}
+    more = (margin - 1) / 2
+    return {k: (low - more * (high - low), high + more * (high - low)) for k, (low, high) in ends.items()}
 
 
 # |y - x|² / |x|² of each output, and |y - x|² where x is all zeros; 10^(-SQNR/10) in signal processing
@@ -229,6 +232,37 @@ def outputs_of(graph: Graph, inputs: Sequence[np.ndarray], *, threads: int = 2) 
         return [session.run(names, {session.get_inputs()[0].name: x})[: len(names)] for x in inputs]
     except Exception as e:  # ONNX Runtime's own exceptions share no other base
         raise ModelError(f"ONNX Runtime cannot run the network: {str(e).splitlines()[0][:200]}") from e
+
+
+def output_limits(
+    measure: NoiseMeasure, graph: Graph, inputs: Sequence[np.ndarray], *, threads: int = 2
+) -> dict[str, tuple[float, float]]:
+    """Ends beyond which no value of an output counts, by its name: `counted_ranges` of what a network computes."""
+    if measure.counted is None:
+        return {}
+    ends = counted_ranges(measure, outputs_of(graph, inputs, threads=threads))
+    return {measured_outputs(graph)[k]: pair for k, pair in ends.items()}
+
+
+def limited_ranges(graph: Graph, table: pd.DataFrame, limits: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """Ranges in which outputs that nothing else in the graph reads end at their limits.
+
+    Args:
+        graph: A simplified float graph.
+        table: Columns low and high per tensor.
+        limits: Low and high by name of an output.
+
+    Returns:
+        A copy; a range is made narrower, never wider.
+    """
+    same, cut = aliases(graph), table.copy()
+    for name, (low, high) in limits.items():
+        tensor = same.get(name, name)
+        names = {tensor, *(other for other, source in same.items() if source == tensor)}
+        readers = [n for one in names for n in graph.consumers(one) if n.output[0] not in names]
+        if tensor in cut.index and not readers:
+            cut.loc[tensor, ["low", "high"]] = max(cut.low[tensor], low), min(cut.high[tensor], high)
+    return cut
 
 # %% ../../nbs/quant/14_sensitivity.ipynb #cell-13
 class Judge(Protocol):
