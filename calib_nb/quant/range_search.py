@@ -488,9 +488,8 @@ def expected_seconds(
     normal = any(n.op_type == "LayerNormalization" for n in graph.nodes)
     plans = {
         "equalize": 3 if profile.weight_per_channel else 4,
-        "mirror": 1,
         **dict.fromkeys(("smooth", "spread"), min(width, 2) * normal),
-        "absorb": 0.5,
+        **{"mirror": 1, "absorb": 0.5},
         "ends": min(width, 2) * profile.host_ends,
         "copies": width * (profile.extra_macs > 0),
         "bias": min(width, 2),
