@@ -20,11 +20,11 @@ from calib_nb.quant.black_boxes import BOXES, ort_static
 from calib_nb.quant.clips import ClipTrials, clip_choices, insert_clips
 from calib_nb.quant.harden import harden_model
 from calib_nb.quant.observe import observe
-from calib_nb.quant.quantize import plain_graph, range_table
+from calib_nb.quant.quantize import plain_graph, range_table, read_history
 from calib_nb.quant.range_files import read_ort_overrides, write_ranges
 from calib_nb.quant.range_search import range_variants
 from calib_nb.quant.ranges import RANGE_METHODS, ranges
-from calib_nb.quant.sensitivity import noise_ratio, noise_shares, outputs_of
+from calib_nb.quant.sensitivity import NoiseMeasure, noise_ratio, noise_shares, outputs_of
 from calib_nb.quant.target import profile
 from calib_nb.quant.write import wide_tensors, write_qdq
 
@@ -118,6 +118,40 @@ def test_a_file_for_any_compiler_is_no_worse_in_either(tmp_path):
         before, after = (ort_noise(path, given, tmp_path, wide) for path in (model, hard.path))
         assert after < before * 1.25  # on other images, by another quantizer
     assert hard.boxes.hardened.mean() > hard.boxes.given.mean()
+
+
+def test_an_output_is_cut_to_what_counts_and_its_steps_are_finer_in_onnx_runtime(tmp_path):
+    rng = np.random.default_rng(5)
+    pictures = [rng.normal(128, size, (6, 6, 3)).clip(0, 255).astype(np.uint8) for size in np.geomspace(4, 60, 24)]
+    weights = {"w": rng.normal(0, 1, (4, 3, 1, 1)), "v": rng.normal(0, 1, (4, 1, 3, 3))}
+    text = "a = Conv (x, w); r = Relu (a); b = Conv <group = 4, pads = [1, 1, 1, 1]> (r, v)"
+    graph = simplify(network(f"{text}; y = Transpose <perm = [0, 2, 3, 1]> (b)", inputs={"x": (1, 3, 6, 6)}, **weights))
+    model = graph.save(tmp_path / "given.onnx")
+
+    def counted(outputs):  # values beyond -10 and 10 occur
+        return [np.abs(outputs[0]) < 1]
+
+    def error(expected, got):
+        return np.array([np.square(expected[0] - got[0])[counted(expected)[0]].mean()]), np.ones(1)
+
+    measure = NoiseMeasure(error, "error", "1", goal=1e-3, floor=1.0, counted=counted, sparse=True)
+    options = {"noise": measure, "budget": 1e-3, "weights": "per-channel", "steps": ("outputs",), "progress": False}
+    hard = harden_model(model, pictures, preprocess, tmp_path / "hard.onnx", **options)
+    after = load_graph(hard.path)
+    assert [n.op_type for n in after.nodes].count("Clip") == len(hard.clips) == 1
+    assert -1.5 <= hard.clips.low.iloc[0] < hard.clips.high.iloc[0] <= 1.5
+    assert [layer.groups for layer in layers(after)] == [1, 1]  # compilers merge a Clip into a full convolution
+    assert json.loads(read_history(hard.path)["hardened"])[-1]["step"] == "outputs"
+    steps = []
+    for path in (model, hard.path):
+        whole = run(load_graph(path), preprocess(pictures[-1]))["y"]
+        quantized = ort_static(path, tmp_path / "q.onnx", [preprocess(image) for image in pictures])
+        session = onnxruntime.InferenceSession(str(quantized), providers=["CPUExecutionProvider"])
+        levels = np.unique(session.run(None, {session.get_inputs()[0].name: preprocess(pictures[-1])})[0])
+        steps.append((whole, np.diff(levels).min()))
+    (given, coarse), (cut, fine) = steps
+    inside = np.abs(given) < 1
+    assert np.allclose(given[inside], cut[inside], atol=1e-5) and np.abs(given).max() > 10 and fine < 0.2 * coarse
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "int8-only"])
