@@ -25,7 +25,7 @@ from ..graph.model import Graph, load_graph
 from .bias_clip import absorb_bias, correct_bias
 from .black_boxes import BOXES, GRANULARITIES, box_parts, boxes_for, simulate
 from .channel_copies import copy_channels
-from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips, output_clips, written_in_full
+from .clips import CLIP_FORMS, ClipOptions, choose_clips, insert_clips, output_clips, written_in_pairs
 from .equalize import BALANCES, equalize, mirror_channels
 from .mixed import even_streams
 from .observe import network_input
@@ -284,8 +284,8 @@ def _cut(search: _Hardening, plan: _Plan, step: str, clips: pd.DataFrame, detail
     """A plan with clips behind those that it has; None where there are none."""
     if clips.empty:
         return None
-    whole = written_in_full(plan.graph, clips.index)
-    graph, all_ = insert_clips(whole, clips, form=search.options.form), pd.concat([plan.cut, clips])
+    paired = written_in_pairs(plan.graph, clips.index)
+    graph, all_ = insert_clips(paired, clips, form=search.options.form), pd.concat([plan.cut, clips])
     return search.measured(graph, step, detail, False, plan, all_[~all_.index.duplicated(keep="last")])
 
 
