@@ -161,7 +161,7 @@ def written_in_pairs(graph: Graph, tensors: Sequence[str]) -> Graph:
     """Write depthwise layers of few channels in groups of two, with zeros for the other channel.
 
     There are compilers that merge a Clip into a convolution but not into a depthwise one, and others that correct the
-    biases of a convolution in one piece, where a few outputs need not be better for it.
+    biases of convolutions without groups, which at outputs may do harm.
 
     Args:
         graph: A float graph; it is not changed.

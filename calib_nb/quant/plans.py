@@ -93,11 +93,7 @@ class Plan:
         if stats is not self.stats:
             table = ranges(self.stats, method)
             self._known[method] = self.stats, table
-        return self._limited(clip_ranges(table, self.stats) if self.clip else table)
-
-    def _limited(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Ranges cut to the limits."""
-        return limited_ranges(self.graph, table, self.limits)
+        return limited_ranges(self.graph, clip_ranges(table, self.stats) if self.clip else table, self.limits)
 
     def ranges(self) -> pd.DataFrame:
         """Columns low and high per tensor, as they are written."""
