@@ -21,10 +21,11 @@ from calib_nb.data.images import decode
 from calib_nb.data.preprocess import preset
 from calib_nb.graph import build
 from calib_nb.graph.fixed import fix_batch
+from calib_nb.graph.layers import get_bias, layers, set_bias
 from calib_nb.graph.model import load_graph
 from calib_nb.graph.simplify import simplify
 from calib_nb.quant.blocks import quantize_weights_only
-from calib_nb.quant.equalize import equalize
+from calib_nb.quant.equalize import equalize, mirror_channels
 from calib_nb.quant.quantize import quantize_static
 from calib_nb.quant.recipe import auto
 from calib_nb.quant.target import PROFILES
@@ -220,6 +221,31 @@ def test_equalized_networks_are_compared_without_their_factors(tmp_path):
     recipe = auto(model, IMAGES, chain, tmp_path / "auto.onnx", profile="per-tensor-npu", progress=False)
     diagnosis = diagnose_model(model, recipe.model.path, IMAGES, chain, progress=False)
     assert not diagnosis.unmatched and (diagnosis.table.own_db > 20).all()
+
+
+def test_channels_turned_around_are_compared_as_they_were(tmp_path):
+    rng = np.random.default_rng(4)
+    push = np.where(np.arange(8) % 2, 2.0, -2.0)
+    body = build.sequential(
+        build.conv(8, 1),
+        build.depthwise(),
+        "Relu",
+        build.conv(8, 1),
+        build.depthwise(),
+        "Relu",
+        build.conv(4, 1),
+        shape=(1, 3, 16, 16),
+    )
+    graph = simplify(body)
+    for layer in layers(graph)[::2][:2]:
+        set_bias(graph, layer, push * rng.uniform(0.5, 1, 8))
+    model = graph.save(tmp_path / "m.onnx")
+    turned = mirror_channels(graph, [chain(p) for p in IMAGES])
+    biases = [[get_bias(g, layer) for layer in layers(g)[::2][:2]] for g in (graph, turned)]
+    assert all((one != other).any() and np.array_equal(abs(one), abs(other)) for one, other in zip(*biases))
+    file = quantize_static(turned.save(tmp_path / "t.onnx"), IMAGES, chain, tmp_path / "q.onnx", progress=False).path
+    table = diagnose_model(model, file, IMAGES, chain, progress=False).table
+    assert table.rescaled.sum() == 2 and (table.own_db > 20).all() and set(table.grade) == {"OK"}
 
 
 def test_files_that_do_not_belong_together(tmp_path):

@@ -62,7 +62,7 @@ _SAME_DB, _GAIN_DB, _FIT_DB = 25.0, 3.0, 10.0  # as good as equal; what factors 
 
 
 def channel_factors(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """Positive factors per channel by which one tensor is another.
+    """Factors per channel by which one tensor is another; below zero where a channel was turned around.
 
     Args:
         x: Float tensor of some images, float32 [images, ...].
@@ -78,7 +78,7 @@ def channel_factors(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
     for axis in dict.fromkeys((2, x.ndim - 1)) if x.ndim > 2 and plain < _SAME_DB else ():
         others = tuple(k for k in range(x.ndim) if k != axis)
         xx, xy = ((x * z).sum(others, keepdims=True, dtype=np.float64) for z in (x, y))
-        factor = np.where((xx > 0) & (xy > 0), xy / np.where(xx > 0, xx, 1), 1.0).astype(np.float32)
+        factor = np.where((xx > 0) & (xy != 0), xy / np.where(xx > 0, xx, 1), 1.0).astype(np.float32)
         if float(sqnr(y, factor * x)) >= max(_FIT_DB, plain + _GAIN_DB):
             return factor[0]
     return None
