@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passing import passing_network
 
+from calib_nb.core.errors import InputError
 from calib_nb.graph.build import conv, depthwise, linear, op, residual, sequential
 from calib_nb.graph.layers import macs
 from calib_nb.graph.model import load_graph, run
@@ -16,7 +17,7 @@ from calib_nb.quant.channel_copies import copy_channels
 from calib_nb.quant.harden import harden_model
 from calib_nb.quant.observe import observe
 from calib_nb.quant.quantize import plain_graph
-from calib_nb.quant.range_channels import hold_ranges
+from calib_nb.quant.range_channels import hold_ranges, input_reach
 from calib_nb.quant.ranges import ranges
 from calib_nb.quant.target import profile
 
@@ -135,3 +136,20 @@ def test_a_real_network(real_data):
         assert np.allclose(got[output], value, atol=1e-3)
     ema = ranges(observe(held.graph, pictures, chain, progress=False), "ema")
     assert np.mean([ema.high[name] / table.high[name] > 0.999 for name in held.tensors]) > 0.8
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(215, 255)), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_images_that_reach_both_ends_keep_the_range_of_a_compiler_that_averages(ends):
+    inputs = [np.array([low, 128, high], np.float32) for low, high in ends]
+    reach = input_reach(inputs)
+    wanted = [k for k, (low, high) in enumerate(ends) if (low, high) == reach.ends]  # whole numbers: no step between
+    assert reach.reaching.tolist() == wanted and bool(reach.advice) == (len(wanted) < len(ends))
+    if wanted:  # and no other choice of images has a wider average
+        kept = np.array([ends[k] for k in wanted])
+        assert tuple(kept.mean(0)) == reach.ends
+
+
+def test_no_images_to_reach_anything_is_one_error():
+    with pytest.raises(InputError, match="no inputs"):
+        input_reach([])

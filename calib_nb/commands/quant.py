@@ -277,6 +277,8 @@ def harden(
     from calib_nb import api
     from calib_nb.core.errors import CheckFailed
     from calib_nb.npu.config import load_config
+    from calib_nb.quant.observe import network_input
+    from calib_nb.quant.range_channels import input_reach
     from calib_nb.report import text_table
 
     settings = load_config(config)
@@ -295,6 +297,8 @@ def harden(
     limit = "" if labels else f" (budget {most})"
     limit += f"; {hard.added_macs:.1%} more multiply-accumulates" if hard.added_macs else ""
     typer.echo(f"{len(hard.clips)} clips; noise of the float file itself: {own}{limit}\nmodel: {hard.path}")
+    reach = input_reach(network_input(file, settings.preprocess) for file in files)
+    typer.echo(f"images: {reach.advice or 'all reach both ends of the input'}")
     judge = f"calib-nb compare --float {model} --hardened {hard.path} --config {config} --images OTHERS --toolchain ort"
     typer.echo(f"next: give it to the compiler in the place of {model.name}; a quantizer that judges it: {judge}")
     if len(hard.scored):
