@@ -380,9 +380,10 @@ def repaired_plans(search: PlanSearch, beam: list[TriedPlan], step: str) -> list
     for on in beam:
         ways = [(detail, repair(search, on.plan)) for detail, repair in REPAIRS[step].items()]
         tried = [search.measure(plan, step, detail, on) for detail, plan in ways if plan is not None]
-        found += sorted(tried, key=lambda one: one.noise)[:1]
-        if step == "mirror" and found[-1].noise < on.noise:
-            found.remove(on)
+        best = min(tried, key=lambda one: one.noise, default=None)
+        found += [] if best is None else [best]
+        if step == "mirror" and best is not None and best.noise < on.noise:
+            found = [one for one in found if one is not on]
     return sorted(found, key=lambda one: one.noise)[: search.options.width]
 
 # %% ../../nbs/quant/20_plans.ipynb #cell-19
