@@ -249,7 +249,7 @@ def plot_trust(trust: Trust, axes=None):
     axes[0].hist(100 * trust.random, 12, color="#8f9aa6", label=f"{len(trust.random)} random sets")
     axes[0].axvline(100 * trust.covered, color="#0072B2", lw=2.5, label="this set")
     axes[0].set(xlabel=f"% of the pool's activation ranges, {counted(trust.chosen, 'image')}", ylabel="sets")
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # clear of the bars
     if trust.advice is not None:
         plot_advice(trust.advice, axes[1])
     axes[1].axvline(trust.chosen, color="#0072B2", lw=1.5, ls=":", label=f"this set: {trust.chosen:,}")
