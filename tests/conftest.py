@@ -48,6 +48,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """What a test draws from torch without a seed is the same in every run, whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real models and photos, named by CALIB_NB_DATA; a test that needs it skips where it is not."""
